@@ -1,0 +1,153 @@
+"""`quantized_matmul(x, w)`: a product with a packed weight, as one JAX primitive.
+
+A primitive, so that each platform has a lowering of its own and one exported program can carry several
+(`lax.platform_dependent` cannot be exported for more than one platform). All platforms mean
+`matmul_reference.matmul`; a kernel is a faster way to say it. It is linear in x: JVP and transpose are defined in
+x, and asking for a gradient in the packed weight is an error. `vmap` over x, the weight or both gives one batched
+product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import matmul_reference
+from pallas_kernels.qtensor import QTensor
+
+quantized_matmul_p = Primitive("quantized_matmul")
+
+
+def quantized_matmul(
+    x: Float[Array, "*stack M K"],
+    w: QTensor,
+    *,
+    layer: Int[Array, ""] | int | None = None,
+    casts: tuple[Any, ...] = (),
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    transpose: bool = False,
+) -> Float[Array, "*stack M N"]:
+    """`x @ w` for a packed weight, one product per element of the stack.
+
+    Args:
+        x: activations, shape `(*stack, M, K)` (`(*stack, M, N)` with `transpose`).
+        w: packed weight; its matrix is `(*stack, K, N)`, or `(L, *stack, K, N)` with `layer`.
+        layer: picks one matrix of the leading axis of `w` without slicing the packed arrays first, so that a
+            kernel can stream that layer from the whole stack.
+        casts: dtypes that the dequantized weight passes through before the product, in order.
+        precision: as for `lax.dot_general`.
+        preferred_element_type: as for `lax.dot_general`.
+        transpose: multiply by the transposed matrix: `(*stack, M, N) -> (*stack, M, K)`.
+
+    Returns:
+        The product, `(*stack, M, N)`, dtype as `lax.dot_general` would give.
+
+    Raises:
+        TypeError: the shapes do not fit.
+    """
+    leaves, tree = jax.tree.flatten(w)
+    stack = w.words.shape[:-2][layer is not None :]
+    k, n = w.layout.k, w.layout.n
+    inner = n if transpose else k
+    if x.ndim < 2 or x.shape[:-2] != stack or x.shape[-1] != inner:
+        raise TypeError(
+            f"qjax: quantized_matmul of x{list(x.shape)} with a packed matrix of stack {list(stack)}, K={k}, "
+            f"N={n}{', transposed' if transpose else ''}: x must be (*stack, rows, {inner})."
+        )
+    if layer is not None:
+        leaves = [*leaves, jnp.asarray(layer, jnp.int32)]
+    return quantized_matmul_p.bind(
+        x,
+        *leaves,
+        tree=tree,
+        indexed=layer is not None,
+        casts=tuple(jnp.dtype(c) for c in casts),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        transpose=transpose,
+    )
+
+
+def _unflatten(leaves: Any, params: dict[str, Any]) -> tuple[QTensor, Any, dict[str, Any]]:
+    """The packed weight, the layer and what remains of the parameters."""
+    leaves, rest = list(leaves), dict(params)
+    layer = leaves.pop() if rest.pop("indexed") else None
+    return jax.tree.unflatten(rest.pop("tree"), leaves), layer, rest
+
+
+def _reference(x: Array, *leaves: Array, **params: Any) -> Array:
+    w, layer, rest = _unflatten(leaves, params)
+    return matmul_reference.matmul(x, w, layer=layer, **rest)
+
+
+@quantized_matmul_p.def_impl
+def _impl(*operands: Array, **params: Any) -> Array:
+    return jax.jit(lambda *o: _reference(*o, **params))(*operands)
+
+
+@quantized_matmul_p.def_abstract_eval
+def _abstract_eval(x: Any, *leaves: Any, **params: Any) -> Any:
+    w, _, _ = _unflatten(leaves, params)
+    transpose, preferred = params["transpose"], params["preferred_element_type"]
+    width = w.layout.k if transpose else w.layout.n
+    weight_dtype = params["casts"][-1] if params["casts"] else w.dtype
+    dtype = preferred or jnp.promote_types(x.dtype, weight_dtype)
+    return jax.core.ShapedArray((*x.shape[:-1], width), jnp.dtype(dtype))
+
+
+def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Any]:
+    for primal, tangent in zip(primals[1:], tangents[1:], strict=True):
+        if type(tangent) is not ad.Zero and jnp.issubdtype(primal.dtype, jnp.inexact):
+            raise TypeError(
+                "qjax: quantized_matmul has no gradient in its packed weight: the codes are integers. "
+                "Differentiate with respect to other variables, or train the float variables (fake-quant) "
+                "and convert afterwards."
+            )
+    out = quantized_matmul_p.bind(*primals, **params)
+    if type(tangents[0]) is ad.Zero:
+        return out, ad.Zero.from_primal_value(out)
+    return out, quantized_matmul_p.bind(tangents[0], *primals[1:], **params)
+
+
+def _transpose(cotangent: Any, x: Any, *leaves: Any, **params: Any) -> list[Any]:
+    if type(cotangent) is ad.Zero:
+        return [ad.Zero(x.aval)] + [None] * len(leaves)
+    params = {**params, "transpose": not params["transpose"], "preferred_element_type": None}
+    out = quantized_matmul_p.bind(cotangent, *leaves, **params)
+    return [lax.convert_element_type(out, x.aval.dtype)] + [None] * len(leaves)
+
+
+def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
+    size = next(o.shape[d] for o, d in zip(operands, dims, strict=True) if d is not None)
+    x, *leaves = operands
+    d, *leaf_dims = dims
+    if all(dim is None for dim in leaf_dims):  # one weight, more rows: (B, *stack, M, K) -> (*stack, B*M, K)
+        x = jnp.moveaxis(x, d, -3)  # (*stack, B, M, K)
+        *stack, b, m, inner = x.shape
+        out = quantized_matmul_p.bind(x.reshape(*stack, b * m, inner), *leaves, **params)
+        return out.reshape(*stack, b, m, out.shape[-1]), len(stack)
+
+    def lead(a: Any, dim: int | None) -> Array:
+        return jnp.broadcast_to(a, (size, *a.shape)) if dim is None else jnp.moveaxis(a, dim, 0)
+
+    x = lead(x, d)  # (B, *stack, M, K): the batch joins the stack
+    leaves = [lead(a, dim) for a, dim in zip(leaves, leaf_dims, strict=True)]
+    if params["indexed"]:  # each element has its own layer: pick it before the product
+        index = leaves.pop()
+        leaves = [jax.vmap(lambda a, i: lax.dynamic_index_in_dim(a, i, 0, False))(a, index) for a in leaves]
+        params = {**params, "indexed": False}
+    return quantized_matmul_p.bind(x, *leaves, **params), 0
+
+
+ad.primitive_jvps[quantized_matmul_p] = _jvp
+ad.primitive_transposes[quantized_matmul_p] = _transpose
+batching.primitive_batchers[quantized_matmul_p] = _batch
+# Kernels register beside this one, per platform: mlir.register_lowering(..., platform="tpu").
+mlir.register_lowering(quantized_matmul_p, mlir.lower_fun(_reference, multiple_results=False))

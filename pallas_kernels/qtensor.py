@@ -1,0 +1,252 @@
+"""`QTensor`: a parameter in packed form, and `Layout`: how its axes map to the canonical matrix.
+
+Every format, solver and kernel sees a parameter as the matrix `(*stack, K, N)`: K is what the operation
+contracts, N what it produces, and each element of the stack (scanned layers, experts) is a matrix of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import numerics, packing
+from pallas_kernels.formats import QuantSpec
+
+Role = Literal["stack", "k", "n"]
+ROLES: tuple[Role, ...] = ("stack", "k", "n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the trailing axes of a parameter map to its canonical matrix `(*stack, K, N)`.
+
+    `axes` lists the trailing axes of the parameter; each is the tuple of its factors `(size, role)`, outer to
+    inner (one factor for an axis that no reshape splits). Axes in front of them are stack axes and are not
+    listed, so a layout stays true when `scan`, `vmap` or `tree.map(lambda a: a[0])` takes a leading axis away.
+
+    Examples:
+        Dense kernel (in, out)              `(((in, "k"),), ((out, "n"),))`
+        attention out (heads, dim, out)     `(((heads, "k"),), ((dim, "k"),), ((out, "n"),))`
+        experts in the middle (in, E, out)  `(((in, "k"),), ((E, "stack"),), ((out, "n"),))`
+    """
+
+    axes: tuple[tuple[tuple[int, Role], ...], ...]
+
+    def sizes(self, role: Role) -> tuple[int, ...]:
+        """Sizes of the factors that play `role`, in the parameter's axis order."""
+        return tuple(size for axis in self.axes for size, r in axis if r == role)
+
+    @property
+    def k(self) -> int:
+        """The contracted size K of one matrix."""
+        return math.prod(self.sizes("k"))
+
+    @property
+    def n(self) -> int:
+        """The produced size N of one matrix."""
+        return math.prod(self.sizes("n"))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The trailing shape of the parameter that the layout covers."""
+        return tuple(math.prod(size for size, _ in axis) for axis in self.axes)
+
+    def _order(self) -> tuple[list[int], list[int]]:
+        factors = [factor for axis in self.axes for factor in axis]
+        order = [i for role in ROLES for i, (_, r) in enumerate(factors) if r == role]
+        return [size for size, _ in factors], order
+
+    def to_matrix(self, w: Float[Array, "..."]) -> Float[Array, "*stack K N"]:
+        """Rearranges a parameter `(*leading, *self.shape)` to its matrix `(*leading, *stack, K, N)`."""
+        lead = w.shape[: w.ndim - len(self.axes)]
+        if w.shape[len(lead) :] != self.shape:
+            raise ValueError(f"qjax: a parameter of shape {w.shape} does not end in the layout's {self.shape}.")
+        sizes, order = self._order()
+        w = w.reshape(*lead, *sizes)  # (*leading, *factors)
+        w = w.transpose(*range(len(lead)), *(len(lead) + i for i in order))
+        return w.reshape(*lead, *self.sizes("stack"), self.k, self.n)
+
+    def from_matrix(self, m: Float[Array, "*stack K N"]) -> Float[Array, "..."]:
+        """The inverse of `to_matrix`."""
+        sizes, order = self._order()
+        lead = m.shape[: m.ndim - 2 - len(self.sizes("stack"))]
+        m = m.reshape(*lead, *(sizes[i] for i in order))
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        m = m.transpose(*range(len(lead)), *(len(lead) + i for i in inverse))
+        return m.reshape(*lead, *self.shape)
+
+    def to_json(self) -> list:
+        """A plain list that `from_json` reads back."""
+        return [[list(factor) for factor in axis] for axis in self.axes]
+
+    @staticmethod
+    def from_json(data: list) -> Layout:
+        """Reads what `to_json` wrote."""
+        return Layout(tuple(tuple((int(size), role) for size, role in axis) for axis in data))
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A parameter in packed form.
+
+    Invariants, with `R = packed_rows(K, format)` and G the number of groups along K:
+        * `words` is `(*stack, R, N)`: int32 words packed along K, or int8 for 8-bit formats;
+        * `scales.values` is `(*stack, G, N)` (`(*stack, 1, 1)` per tensor), zero points and double-quantized
+          codes alike;
+        * with `order == "nk"` the last two axes of every array are swapped, so that one row of N lies
+          contiguous (lookup tables);
+        * `shape` and `dtype` are those of the float parameter; leading sizes come from the arrays, so slicing
+          a leading stack axis off every array gives a valid QTensor of the remaining stack;
+        * value: `dequantize() == layout.from_matrix(scale * (code - zero_point))`, computed in float32 and
+          cast once to `dtype`.
+
+    A pytree whose leaves are the packed arrays; everything else is static.
+    """
+
+    words: Array
+    scales: numerics.Scales
+    spec: QuantSpec
+    layout: Layout
+    dtype: jnp.dtype
+    order: Literal["kn", "nk"] = "kn"
+
+    def tree_flatten_with_keys(self):
+        """Packed arrays as leaves, the rest static."""
+        children = (
+            (jax.tree_util.GetAttrKey("words"), self.words),
+            (jax.tree_util.GetAttrKey("scales"), self.scales),
+        )
+        return children, (self.spec, self.layout, self.dtype, self.order)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children) -> QTensor:
+        """Rebuilds from `tree_flatten_with_keys`; the children may be anything JAX puts in a tree."""
+        return cls(*children, *aux)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the float parameter."""
+        lead = self.words.shape[: self.words.ndim - 2 - len(self.layout.sizes("stack"))]
+        return (*lead, *self.layout.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the float parameter."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed arrays: words, scales, zero points."""
+        return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per value, scales and padding included."""
+        return 8 * self.nbytes / self.size if self.size else 0.0
+
+    def __repr__(self) -> str:
+        try:
+            shape = ",".join(map(str, self.shape))
+            return f"QTensor({self.spec}, {jnp.dtype(self.dtype).name}[{shape}], {self.bits_per_weight:.2f} bpw)"
+        except (AttributeError, TypeError):  # JAX fills pytrees with placeholders that have no shape
+            return f"QTensor({self.spec}, leaves={jax.tree.leaves(self)})"
+
+    def matrix_arrays(self) -> tuple[Array, numerics.Scales]:
+        """The packed arrays in `(*stack, K, N)` order, whatever order they are stored in."""
+        if self.order == "kn":
+            return self.words, self.scales
+        return jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2) if a.ndim >= 2 else a, (self.words, self.scales))
+
+    def matrix(self, dtype: jnp.dtype | None = None) -> Float[Array, "*stack K N"]:
+        """The dequantized canonical matrix, in `dtype` or the parameter's own."""
+        words, scales = self.matrix_arrays()
+        codes = packing.unpack(words, self.spec.format, self.layout.k)
+        return numerics.dequantize(codes, scales, self.spec, self.dtype).astype(dtype or self.dtype)
+
+    def select_columns(self, columns: Int[Array, " B"]) -> tuple[Array, numerics.Scales]:
+        """Columns of an unstacked matrix as packed arrays in `(K, B)` order; only those columns are read."""
+        words, scales = self.words, numerics.plain_scales(self.scales)
+        axis = 1 if self.order == "kn" else 0
+
+        def pick(a: Array) -> Array:
+            a = a if a.shape[axis] == 1 else jnp.take(a, columns, axis=axis)  # size 1: one for all columns
+            return a if self.order == "kn" else a.T
+
+        return jax.tree.map(pick, (words, scales))
+
+    def dequantize(self) -> Float[Array, "..."]:
+        """The float parameter that the packed arrays stand for: shape `self.shape`, dtype `self.dtype`."""
+        return self.layout.from_matrix(self.matrix())
+
+
+def quantize(
+    w: Float[Array, "..."], spec: QuantSpec, layout: Layout, order: Literal["kn", "nk"] = "kn"
+) -> QTensor:
+    """Packs a float parameter; `quantize(w, spec, layout).dequantize() == fake_quant(w, spec, layout)` bit for bit.
+
+    Args:
+        w: the parameter, shape `(*leading, *layout.shape)`, float32, bfloat16 or float16, finite
+            (`numerics.check_finite` gives the error for what is not).
+        spec: number format, granularity, scale rule.
+        layout: which axes are stack, K and N.
+        order: storage order of the packed matrix; "nk" for lookup tables.
+    """
+    codes, scales = numerics.quantize(layout.to_matrix(w), spec)
+    words = packing.pack(codes, spec.format)
+    if order == "nk":
+        words, scales = jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2) if a.ndim >= 2 else a, (words, scales))
+    return QTensor(words, scales, spec, layout, jnp.dtype(w.dtype), order)
+
+
+def fake_quant(w: Float[Array, "..."], spec: QuantSpec, layout: Layout) -> Float[Array, "..."]:
+    """What `quantize` would store, as a float parameter of the same shape, with a straight-through gradient."""
+    return layout.from_matrix(numerics.fake_quant(layout.to_matrix(w), spec))
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class FoldedParam:
+    """Stands in a packed model for a float parameter that was folded into other matrices.
+
+    Attributes:
+        own: the parameter itself, packed or float, where the model also uses it by itself; else None.
+        derived: the folded matrices that are kept here (with the first of their parts), by fold name.
+        shape, dtype: of the float parameter.
+    """
+
+    own: Array | QTensor | None
+    derived: dict[str, QTensor]
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+
+    def tree_flatten_with_keys(self):
+        """Packed arrays as leaves, the rest static."""
+        key = jax.tree_util.GetAttrKey
+        return ((key("own"), self.own), (key("derived"), self.derived)), (self.shape, self.dtype)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children) -> FoldedParam:
+        """Rebuilds from `tree_flatten_with_keys`."""
+        return cls(*children, *aux)
+
+
+def is_packed(value: object) -> bool:
+    """Whether a leaf of a model's variables is packed; for `jax.tree` functions' `is_leaf`."""
+    return isinstance(value, QTensor | FoldedParam)
+
+
+def packed_nbytes(shape: tuple[int, ...], spec: QuantSpec, layout: Layout) -> int:
+    """Bytes that a parameter of this shape takes when packed, from the shapes alone."""
+    packed = jax.eval_shape(lambda w: quantize(w, spec, layout), jax.ShapeDtypeStruct(shape, jnp.float32))
+    return packed.nbytes

@@ -1,0 +1,363 @@
+"""Higher-order primitives: what they contain, and how to build them again.
+
+The only file that reads the parameters of `scan`, `while`, `cond`, `jit`, `remat`, `custom_jvp`, `custom_vjp`
+and `shard_map`, and the only one with names that JAX does not export; `tests/test_contracts.py` lists both.
+Parameters are read by name, as found in jax 0.10 (a closed jaxpr is a `ClosedJaxpr`; scan counts its operands)
+and from 0.11 on (a `Jaxpr` carries its constants; scan's `ft_in` holds the split).
+
+`bodies` serves analysis: the sub-jaxprs of an equation and where their inputs come from. `REBUILD` serves replay:
+each entry calls the public combinator again with a body that is replayed. Operands of a rebuilt equation may be
+`Ref`s (a parameter that is packed, see `passes.replay`): they reach the body by closure or as pytrees, so no
+float copy of them is made, and a `Ref` among the scanned operands is indexed in the body, not sliced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src.lax.lax import ragged_dot_general_p
+from jax._src.shard_map import shard_map_p
+from jax.extend.core import JaxprEqn, primitives as prims
+
+__all__ = ["REBUILD", "Body", "Feed", "bind", "bodies", "consts_of", "evaluate", "ragged_dot_general_p"]
+
+
+def consts_of(jaxpr: Any) -> tuple[Any, ...]:
+    """The constants of a closed jaxpr; an open one has none."""
+    return tuple(getattr(jaxpr, "consts", ()))
+
+
+def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Runs one equation unchanged, with all of its parameters; always a list of results."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Where one input of a body comes from: operand number, and whether whole, one slice a step, or carried."""
+
+    operand: int
+    how: Literal["whole", "scanned", "carried"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """A sub-jaxpr of an equation.
+
+    Attributes:
+        name: what to call it in an address; unique within the equation.
+        jaxpr: the sub-jaxpr, open or closed.
+        feeds: one entry per `jaxpr.invars`.
+        results: per result of the equation, the number of the body's result that it equals on every path
+            through this body, or None where it is collected, carried or produced elsewhere.
+    """
+
+    name: str
+    jaxpr: Any
+    feeds: tuple[Feed, ...]
+    results: tuple[int | None, ...]
+
+
+def _whole(operands: Sequence[int]) -> tuple[Feed, ...]:
+    return tuple(Feed(i, "whole") for i in operands)
+
+
+def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """Numbers of constants and of carries among a scan's operands."""
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
+def _invariant(jaxpr: Any, first: int, count: int) -> list[bool]:
+    """Which of the carries, inputs `first` to `first + count` of the body, the body hands on untouched."""
+    return [jaxpr.outvars[i] is jaxpr.invars[first + i] for i in range(count)]
+
+
+def _scan_bodies(eqn: JaxprEqn) -> list[Body]:
+    jaxpr = eqn.params["jaxpr"]
+    n_consts, n_carry = _scan_counts(eqn.params)
+    kept = _invariant(jaxpr, n_consts, n_carry)
+    how = ["whole"] * n_consts + ["whole" if k else "carried" for k in kept]
+    how += ["scanned"] * (len(eqn.invars) - len(how))
+    results = [i if k else None for i, k in enumerate(kept)] + [None] * (len(eqn.outvars) - n_carry)
+    return [Body("scan", jaxpr, tuple(Feed(i, h) for i, h in enumerate(how)), tuple(results))]
+
+
+def _while_bodies(eqn: JaxprEqn) -> list[Body]:
+    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    kept = _invariant(body, n_body, len(eqn.outvars))
+    carry = tuple(Feed(n_cond + n_body + i, "whole" if k else "carried") for i, k in enumerate(kept))
+    results = tuple(i if k else None for i, k in enumerate(kept))
+    return [
+        Body("while_cond", cond, _whole(range(n_cond)) + carry, (None,) * len(eqn.outvars)),
+        Body("while", body, _whole(range(n_cond, n_cond + n_body)) + carry, results),
+    ]
+
+
+def _cond_bodies(eqn: JaxprEqn) -> list[Body]:
+    feeds = _whole(range(1, len(eqn.invars)))
+    results = tuple(range(len(eqn.outvars)))
+    return [Body(f"branch{i}", branch, feeds, results) for i, branch in enumerate(eqn.params["branches"])]
+
+
+def _call_bodies(name: str, param: str) -> Callable[[JaxprEqn], list[Body]]:
+    def bodies(eqn: JaxprEqn) -> list[Body]:
+        return [
+            Body(name, eqn.params[param], _whole(range(len(eqn.invars))), tuple(range(len(eqn.outvars))))
+        ]
+
+    return bodies
+
+
+_BODIES: dict[jax.extend.core.Primitive, Callable[[JaxprEqn], list[Body]]] = {
+    prims.scan_p: _scan_bodies,
+    prims.while_p: _while_bodies,
+    prims.cond_p: _cond_bodies,
+    prims.jit_p: _call_bodies("jit", "jaxpr"),
+    prims.remat_p: _call_bodies("remat", "jaxpr"),
+    prims.closed_call_p: _call_bodies("call", "call_jaxpr"),
+    prims.custom_jvp_call_p: _call_bodies("custom_jvp", "call_jaxpr"),
+    prims.custom_vjp_call_p: _call_bodies("custom_vjp", "call_jaxpr"),
+    shard_map_p: _call_bodies("shard_map", "jaxpr"),
+}
+
+
+def bodies(eqn: JaxprEqn) -> list[Body]:
+    """The sub-jaxprs of an equation; empty for a first-order one."""
+    find = _BODIES.get(eqn.primitive)
+    return find(eqn) if find else []
+
+
+# --- Rebuilding -------------------------------------------------------------------------------------------
+#
+# Each rule is rebuild(eqn, values, run, ref). `run(body_name, values, index=None)` replays the named body on values
+# that may hold Refs and returns its results, Refs among them made float. `ref` is the Ref type.
+
+
+def _float(value: Any) -> Any:
+    """A Ref as the float array it stands for; anything else as it is."""
+    return value.materialize() if hasattr(value, "materialize") else value
+
+
+def _rebuild_scan(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+    params = eqn.params
+    n_consts, n_carry = _scan_counts(params)
+    kept = _invariant(params["jaxpr"], n_consts, n_carry)
+    consts, carry, xs = values[:n_consts], values[n_consts : n_consts + n_carry], values[n_consts + n_carry :]
+    carry = [c if k else _float(c) for c, k in zip(carry, kept, strict=True)]
+    xs = [x if is_ref(x) and x.can_index(0) else _float(x) for x in xs]
+    moving = [i for i, c in enumerate(carry) if not is_ref(c)]  # a packed carry never changes: closed over
+    sliced = [i for i, x in enumerate(xs) if not is_ref(x)]
+
+    def body(state, step):
+        index, slices = step
+        full_carry, full_xs = list(carry), [x.index(0, index) if is_ref(x) else None for x in xs]
+        for i, value in zip(moving, state, strict=True):
+            full_carry[i] = value
+        for i, value in zip(sliced, slices, strict=True):
+            full_xs[i] = value
+        out = run("scan", [*consts, *full_carry, *full_xs], index)
+        return [out[i] for i in moving], out[n_carry:]
+
+    indices = jnp.arange(params["length"], dtype=jnp.int32)
+    state, ys = lax.scan(
+        body,
+        [carry[i] for i in moving],
+        (indices, [xs[i] for i in sliced]),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    for i, value in zip(moving, state, strict=True):
+        carry[i] = value
+    return [*carry, *ys]
+
+
+def _rebuild_while(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+    params = eqn.params
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    kept = _invariant(params["body_jaxpr"], n_body, len(eqn.outvars))
+    cond_consts, body_consts, carry = values[:n_cond], values[n_cond : n_cond + n_body], values[n_cond + n_body :]
+    carry = [c if k else _float(c) for c, k in zip(carry, kept, strict=True)]
+    moving = [i for i, c in enumerate(carry) if not is_ref(c)]
+
+    def full(state):
+        whole = list(carry)
+        for i, value in zip(moving, state, strict=True):
+            whole[i] = value
+        return whole
+
+    def cond(state):
+        return run("while_cond", [*cond_consts, *full(state)])[0]
+
+    def body(state):
+        out = run("while", [*body_consts, *full(state)])
+        return [out[i] for i in moving]
+
+    return full(lax.while_loop(cond, body, [carry[i] for i in moving]))
+
+
+def _rebuild_cond(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+    index, operands = values[0], values[1:]
+    plain = [i for i, v in enumerate(operands) if not is_ref(v)]
+
+    def branch(name: str) -> Callable[..., list[Any]]:
+        def fn(*args):
+            full = list(operands)
+            for i, value in zip(plain, args, strict=True):
+                full[i] = value
+            return run(name, full)
+
+        return fn
+
+    branches = [branch(f"branch{i}") for i in range(len(eqn.params["branches"]))]
+    return lax.switch(_float(index), branches, *(operands[i] for i in plain))
+
+
+def _is_specified(sharding: Any) -> bool:
+    return isinstance(sharding, jax.sharding.Sharding)
+
+
+def _rebuild_jit(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+    params = eqn.params
+    values = [
+        lax.with_sharding_constraint(v, s) if _is_specified(s) and not is_ref(v) else v
+        for v, s in zip(values, params["in_shardings"], strict=True)
+    ]
+
+    def fn(*args):
+        return run("jit", list(args))
+
+    fn.__name__ = fn.__qualname__ = str(params["name"])
+    out = jax.jit(fn)(*values)
+    return [
+        lax.with_sharding_constraint(v, s) if _is_specified(s) else v
+        for v, s in zip(out, params["out_shardings"], strict=True)
+    ]
+
+
+def _rebuild_remat(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+    fn = jax.checkpoint(
+        lambda *args: run("remat", list(args)),
+        prevent_cse=eqn.params["prevent_cse"],
+        policy=eqn.params["policy"],
+    )
+    return fn(*values)
+
+
+def _rebuild_call(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+    return run("call", values)
+
+
+def _rebuild_custom_jvp(
+    eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]
+) -> list[Any]:
+    """The rewritten body forward; the user's own rule, on the dequantized parameter, for tangents."""
+
+    @jax.custom_jvp
+    def fn(*args):
+        return run("custom_jvp", list(args))
+
+    @fn.defjvp
+    def _(primals, tangents):
+        plain = [i for i, v in enumerate(primals) if not is_ref(v)]
+
+        def original(*args):
+            full = [_float(v) for v in primals]
+            for i, value in zip(plain, args, strict=True):
+                full[i] = value
+            return bind(eqn, full)
+
+        _, out = jax.jvp(original, [primals[i] for i in plain], [tangents[i] for i in plain])
+        return fn(*primals), out
+
+    return fn(*values)
+
+
+def _rebuild_custom_vjp(
+    eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]
+) -> list[Any]:
+    """The rewritten body forward; the user's own rule, on the dequantized parameter, backward."""
+
+    @jax.custom_vjp
+    def fn(*args):
+        return run("custom_vjp", list(args))
+
+    def forward(*args):
+        return fn(*args), args
+
+    def backward(args, cotangents):
+        # Only float operands have a gradient; the packed ones and the integers get none.
+        inexact = [i for i, v in enumerate(args) if not is_ref(v) and jnp.issubdtype(v.dtype, jnp.inexact)]
+
+        def original(*some):
+            full = [_float(v) for v in args]
+            for i, value in zip(inexact, some, strict=True):
+                full[i] = value
+            return bind(eqn, full)
+
+        _, pullback = jax.vjp(original, *(args[i] for i in inexact))
+        out: list[Any] = [None] * len(args)
+        for i, value in zip(inexact, pullback(cotangents), strict=True):
+            out[i] = value
+        return tuple(out)
+
+    fn.defvjp(forward, backward)
+    return fn(*values)
+
+
+def _rebuild_shard_map(
+    eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]
+) -> list[Any]:
+    params = eqn.params
+    mesh, specs = params["mesh"], list(params["in_specs"])
+    locals_: list[Callable[[Any], Any]] = []
+    for i, value in enumerate(values):
+        sharded = value.shard(specs[i], mesh) if is_ref(value) else None
+        if is_ref(value) and sharded is None:
+            values[i] = value.materialize()
+        if sharded is not None:
+            specs[i], localize = sharded
+            locals_.append(localize)
+        else:
+            locals_.append(lambda v: v)
+
+    def fn(*args):
+        return run("shard_map", [local(v) for local, v in zip(locals_, args, strict=True)])
+
+    return jax.shard_map(
+        fn,
+        mesh=mesh,
+        in_specs=tuple(specs),
+        out_specs=list(params["out_specs"]),
+        check_vma=params["check_vma"],
+        axis_names=set(params["manual_axes"]),
+    )(*values)
+
+
+# primitive -> rebuild(eqn, values, run, is_ref) -> results
+REBUILD: dict[jax.extend.core.Primitive, Callable[..., list[Any]]] = {
+    prims.scan_p: _rebuild_scan,
+    prims.while_p: _rebuild_while,
+    prims.cond_p: _rebuild_cond,
+    prims.jit_p: _rebuild_jit,
+    prims.remat_p: _rebuild_remat,
+    prims.closed_call_p: _rebuild_call,
+    prims.custom_jvp_call_p: _rebuild_custom_jvp,
+    prims.custom_vjp_call_p: _rebuild_custom_vjp,
+    shard_map_p: _rebuild_shard_map,
+}
+
+
+def evaluate(jaxpr: Any, values: Sequence[Any]) -> list[Any]:
+    """Runs a closed jaxpr unchanged."""
+    return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *values)

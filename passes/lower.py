@@ -1,0 +1,141 @@
+"""`RULES`: operations on a packed parameter, said with the packed kernels.
+
+The handler of serving. A dot goes to `quantized_matmul`, a lookup to `quantized_take`; a convolution and a ragged
+dot run on the weight dequantized in place, by the equation that the program has. A rule returns None where the
+operation reads the parameter along other axes than it was packed for (the second use of a shared parameter): the
+replay then dequantizes it there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import JaxprEqn, primitives as prims
+from jaxtyping import Array
+
+from pallas_kernels.matmul import quantized_matmul
+from pallas_kernels.matmul_reference import pick_layer
+from pallas_kernels.qtensor import QTensor
+from pallas_kernels.take import quantized_take
+from passes.replay import Ref, Rule
+from passes.sites import SITES, take_axis
+from passes.views import Atom
+
+
+def _in_order(atoms: list[Atom]) -> list[int]:
+    """The permutation that puts factors into the parameter's axis order."""
+    return sorted(range(len(atoms)), key=lambda i: (atoms[i].axis, -atoms[i].inner))
+
+
+def _sizes(atoms: list[Atom]) -> tuple[int, ...]:
+    return tuple(atom.size for atom in atoms)
+
+
+def _pick(ref: Ref, batch: list[Atom]) -> tuple[QTensor, Array | int | None] | None:
+    """The QTensor whose stack is `batch` in the parameter's order, and the layer to pick from it.
+
+    None where the stack axes of the packed arrays are not the factors that the program indexes.
+    """
+    stack = [index.atom for index in ref.view.indexed] + batch
+    order = _in_order(stack)
+    if _sizes([stack[i] for i in order]) != ref.base.words.shape[:-2]:
+        return None
+    picks = {order.index(i): value for i, value in enumerate(ref.indices)}  # packed axis -> index
+    if set(picks) == {0}:
+        return ref.base, picks[0]
+    q = ref.base
+    for axis in sorted(picks, reverse=True):
+        q = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, picks[axis], axis, keepdims=False), q)  # noqa: B023
+    return q, None
+
+
+def lower_dot(eqn: JaxprEqn, values: list[Any], operand: int) -> list[Any] | None:
+    """`dot_general` with a packed operand on either side, any contracted, batch and free axes."""
+    ref, x = values[operand], values[1 - operand]
+    params = eqn.params
+    view, q = ref.view, ref.base
+    roles = SITES[prims.dot_general_p][2](eqn, operand)
+    if view.layout(roles) != q.layout or params.get("out_sharding") is not None:
+        return None
+    contract, batch = params["dimension_numbers"]
+    w_contract, x_contract = contract[operand], contract[1 - operand]
+    w_batch, x_batch = batch[operand], batch[1 - operand]
+    x_free = [i for i in range(x.ndim) if i not in (*x_contract, *x_batch)]
+    w_free = [i for i in range(len(view.axes)) if i not in (*w_contract, *w_batch)]
+
+    batch_atoms = [atom for i in w_batch for atom in view.axes[i]]
+    picked = _pick(ref, batch_atoms)
+    if picked is None:
+        return None
+    weight, layer = picked
+
+    # x: (batch factors, free, contracted factors), each in the order of the packed matrix
+    k_atoms = [atom for i in w_contract for atom in view.axes[i]]
+    b_order, k_order = _in_order(batch_atoms), _in_order(k_atoms)
+    free = [x.shape[i] for i in x_free]
+    nb, nf = len(batch_atoms), len(free)
+    x = x.transpose(*x_batch, *x_free, *x_contract)
+    x = x.reshape(*_sizes(batch_atoms), *free, *_sizes(k_atoms))
+    x = x.transpose(*b_order, *range(nb, nb + nf), *(nb + nf + i for i in k_order))
+    b_sizes = _sizes([batch_atoms[i] for i in b_order])
+    x = x.reshape(*b_sizes, math.prod(free), q.layout.k)  # (*stack, M, K)
+
+    out = quantized_matmul(
+        x,
+        weight,
+        layer=layer,
+        casts=view.casts,
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+
+    # out (*stack, M, N) -> batch axes, then the free axes of both operands in the order dot_general has them
+    n_atoms = [atom for i in w_free for atom in view.axes[i]]
+    n_order = _in_order(n_atoms)
+    out = out.reshape(*b_sizes, *free, *_sizes([n_atoms[i] for i in n_order]))
+    b_back = [b_order.index(i) for i in range(nb)]
+    n_back = [nb + nf + n_order.index(i) for i in range(len(n_atoms))]
+    x_part = list(range(nb, nb + nf))
+    out = out.transpose(*b_back, *(n_back + x_part if operand == 0 else x_part + n_back))
+    return [out.reshape(eqn.outvars[0].aval.shape)]
+
+
+def lower_take(eqn: JaxprEqn, values: list[Any], operand: int) -> list[Any] | None:
+    """A `gather` of whole rows of a packed table, with its rule for indices out of range."""
+    ref, indices = values[0], values[1]
+    view, q, axis = ref.view, ref.base, take_axis(eqn)
+    roles = SITES[prims.gather_p][2](eqn, operand)
+    if operand != 0 or axis is None or roles is None or view.layout(roles) != q.layout:
+        return None
+    k_atoms = [atom for i, a in enumerate(view.axes) if i != axis for atom in a]
+    if q.layout.sizes("stack") or _in_order(k_atoms) != list(range(len(k_atoms))):
+        return None
+    if len(q.words.shape) - 2 != len(ref.indices):
+        return None
+    for index in ref.indices:
+        q = pick_layer(q, index)
+    fill = None
+    if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        fill = eqn.params["fill_value"]
+        fill = math.nan if fill is None else float(fill)
+    rows = quantized_take(q, indices[..., 0], fill_value=fill)  # (*B, K)
+    for dtype in view.casts:
+        rows = rows.astype(dtype)
+    numbers = eqn.params["dimension_numbers"]
+    kept = [n for i, n in enumerate(view.shape) if i != axis]
+    rows = rows.reshape(*indices.shape[:-1], *kept)
+    # offset_dims says where the axes of a row stand in the result
+    batch_dims = [i for i in range(rows.ndim) if i not in numbers.offset_dims]
+    where = [*batch_dims, *numbers.offset_dims]
+    return [jnp.transpose(rows, sorted(range(rows.ndim), key=where.__getitem__))]
+
+
+# primitive -> rule; a primitive that is not listed runs on the dequantized parameter
+RULES: dict[Any, Rule] = {
+    prims.dot_general_p: lower_dot,
+    prims.gather_p: lower_take,
+}

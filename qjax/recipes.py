@@ -1,0 +1,113 @@
+"""Named recipes, and the constructors of the formats that rules use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from pallas_kernels.formats import FORMATS, MseSearch, PerChannel, PerGroup, PerTensor, QuantSpec
+from passes.plan import PlanError, Rule, check_patterns
+
+ScaleDtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _format(name: str, default_group: int | None) -> Callable[..., QuantSpec]:
+    fmt = FORMATS[name]
+
+    def make(
+        *,
+        group: int | None = default_group,
+        per_tensor: bool = False,
+        zero_point: bool = False,
+        double_quant: bool = False,
+        scale: Any = None,
+        scale_dtype: ScaleDtype | None = None,
+    ) -> QuantSpec:
+        if per_tensor:
+            granularity: PerTensor | PerChannel | PerGroup = PerTensor()
+        else:
+            granularity = PerChannel() if group is None else PerGroup(group)
+        coarse = not isinstance(granularity, PerGroup)
+        return QuantSpec(
+            fmt,
+            granularity,
+            zero_point=zero_point,
+            double_quant=double_quant,
+            scale_rule=MseSearch() if scale is None else scale,
+            # per group a float32 scale would be half a bit per weight; rounded first, bfloat16 costs no accuracy
+            scale_dtype=scale_dtype or ("float32" if coarse or double_quant else "bfloat16"),
+        )
+
+    make.__name__ = make.__qualname__ = name
+    where = f"group {default_group} along K" if default_group else "one scale per output channel"
+    make.__doc__ = f"""The {fmt.bits}-bit format `{name}` as a weight format; by default {where}.
+
+    Args:
+        group: values along K that share a scale; None for one scale per output channel.
+        per_tensor: one scale for each matrix.
+        zero_point: an integer zero point beside each scale (integer formats).
+        double_quant: store the scales themselves in 8 bits (QLoRA, arXiv 2305.14314).
+        scale: the rule that chooses scales: `qjax.MseSearch()` (default), `qjax.AbsMax()`, ...
+        scale_dtype: "float32", "bfloat16" or "float16"; by default bfloat16 for groups, else float32.
+
+    Raises:
+        ValueError: the combination makes no sense; the message says why.
+    """
+    return make
+
+
+# name -> group size by default (None: one scale per output channel)
+_DEFAULT_GROUPS: dict[str, int | None] = {
+    "int2": 64,
+    "int3": 64,
+    "int4": 64,
+    "int5": 64,
+    "int6": 64,
+    "int7": None,
+    "int8": None,
+    "nf4": 64,
+    "fp4_e2m1": 32,
+    "fp8_e4m3": None,
+    "fp8_e5m2": None,
+}
+_MAKERS = {name: _format(name, group) for name, group in _DEFAULT_GROUPS.items()}
+int2, int3, int4, int5 = (_MAKERS[f"int{bits}"] for bits in (2, 3, 4, 5))
+int6, int7, int8 = (_MAKERS[f"int{bits}"] for bits in (6, 7, 8))
+nf4, fp4_e2m1 = _MAKERS["nf4"], _MAKERS["fp4_e2m1"]
+fp8_e4m3, fp8_e5m2 = _MAKERS["fp8_e4m3"], _MAKERS["fp8_e5m2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Rules, first match wins, and whether a rule that does nothing is an error."""
+
+    rules: tuple[Rule, ...]
+    strict: bool = True
+
+    def check_patterns(self, paths: Sequence[str]) -> None:
+        """Raises a `PlanError` for a rule that matches none of the paths, if strict."""
+        if self.strict and (problems := check_patterns(self.rules, paths)):
+            raise PlanError("\n  - ".join(["qjax: the recipe does not fit the model (strict=True):", *problems]))
+
+
+RECIPES: dict[str, tuple[Rule, ...]] = {name: (Rule("**", make()),) for name, make in _MAKERS.items()}
+
+
+def as_recipe(recipe: Any, *, strict: bool = True) -> Recipe:
+    """A recipe given as a name, a format, a rule or a sequence of rules."""
+    if isinstance(recipe, Recipe):
+        return dataclasses.replace(recipe, strict=strict)
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(f"qjax: no recipe named {recipe!r}; there are {', '.join(RECIPES)}.")
+        return Recipe(RECIPES[recipe], strict)
+    if isinstance(recipe, QuantSpec):
+        return Recipe((Rule("**", recipe),), strict)
+    rules = (recipe,) if isinstance(recipe, Rule) else tuple(recipe) if isinstance(recipe, Sequence) else ()
+    if not rules or not all(isinstance(rule, Rule) for rule in rules):
+        raise TypeError(
+            "qjax: a recipe is a name such as 'int4', a format such as qjax.int4(group=64), or a sequence of "
+            f"qjax.Rule; got {recipe!r}."
+        )
+    return Recipe(rules, strict)
