@@ -111,9 +111,7 @@ def _cond_bodies(eqn: JaxprEqn) -> list[Body]:
 
 def _call_bodies(name: str, param: str) -> Callable[[JaxprEqn], list[Body]]:
     def bodies(eqn: JaxprEqn) -> list[Body]:
-        return [
-            Body(name, eqn.params[param], _whole(range(len(eqn.invars))), tuple(range(len(eqn.outvars))))
-        ]
+        return [Body(name, eqn.params[param], _whole(range(len(eqn.invars))), tuple(range(len(eqn.outvars))))]
 
     return bodies
 
@@ -186,7 +184,11 @@ def _rebuild_while(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[
     params = eqn.params
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     kept = _invariant(params["body_jaxpr"], n_body, len(eqn.outvars))
-    cond_consts, body_consts, carry = values[:n_cond], values[n_cond : n_cond + n_body], values[n_cond + n_body :]
+    cond_consts, body_consts, carry = (
+        values[:n_cond],
+        values[n_cond : n_cond + n_body],
+        values[n_cond + n_body :],
+    )
     carry = [c if k else _float(c) for c, k in zip(carry, kept, strict=True)]
     moving = [i for i, c in enumerate(carry) if not is_ref(c)]
 

@@ -33,7 +33,11 @@ class PlanError(ValueError):
 def _pattern(glob: str) -> re.Pattern[str]:
     parts = []
     for segment in glob.split("/"):
-        parts.append("(?:[^/]+/)*" if segment == "**" else fnmatch.translate(segment)[4:-3].replace(".*", "[^/]*") + "/")
+        parts.append(
+            "(?:[^/]+/)*"
+            if segment == "**"
+            else fnmatch.translate(segment)[4:-3].replace(".*", "[^/]*") + "/"
+        )
     return re.compile("".join(parts))
 
 
@@ -204,7 +208,9 @@ class Plan:
             bits = f"{8 * e.stored_bytes / e.size:.2f}" if e.size else "-"
             fmt = str(e.spec) if e.spec else "folded" if e.folded_into else "float"
             source_bytes = "" if e.sources else _bytes(e.float_bytes)
-            table.add_row(e.name, shape, " ".join(e.ops), fmt, source_bytes, _bytes(e.stored_bytes), bits, e.reason)
+            table.add_row(
+                e.name, shape, " ".join(e.ops), fmt, source_bytes, _bytes(e.stored_bytes), bits, e.reason
+            )
         return table
 
     def __str__(self) -> str:
@@ -236,7 +242,9 @@ def _primary(sites: list[Site]) -> Site:
     return next((s for s in usable if s.op != "take"), (usable or sites)[0])
 
 
-def _decide(shape: tuple[int, ...], sites: list[Site], uses: list[str], rank: int) -> tuple[Layout | None, str]:
+def _decide(
+    shape: tuple[int, ...], sites: list[Site], uses: list[str], rank: int
+) -> tuple[Layout | None, str]:
     """The layout in which a value can be packed and what to say of it, or None and why it cannot."""
     if math.prod(shape) == 0:
         return None, "has no values"
@@ -306,7 +314,9 @@ class _Planner:
         if index is not None:
             self.decided[index] += 1
         own = self.by_source.get(path, [])
-        entry = Entry(path, param.shape, jnp.dtype(param.dtype).name, None, ops=tuple(site.op for site in own))
+        entry = Entry(
+            path, param.shape, jnp.dtype(param.dtype).name, None, ops=tuple(site.op for site in own)
+        )
         if folds and not own:
             into = tuple(f.name for f in folds if f.spec is not None)
             reason = "part of " + ", ".join(f.name for f in folds) + (f"; also {_uses(uses)}" if uses else "")
@@ -331,7 +341,9 @@ class _Planner:
     def fold(self, fold: Fold) -> Entry:
         parts = fold.expr.params
         weights = [path for path in parts if len(self.sites.params[path].shape) >= 2] or parts
-        matched = sorted({self.rule(path) for path in weights}, key=str)  # of the kernels, not of their scales
+        matched = sorted(
+            {self.rule(path) for path in weights}, key=str
+        )  # of the kernels, not of their scales
         specs = {self.rules[i].weights if i is not None else None for i in matched}
         own = self.by_source[fold.name]
         ops = tuple(site.op for site in own)

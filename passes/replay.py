@@ -201,7 +201,9 @@ class _Replayer:
         rule = self.rules.get(eqn.primitive)
         operand = next(i for i, v in enumerate(values) if isinstance(v, Ref))
         if rule is not None:
-            rest = [v.materialize() if isinstance(v, Ref) and i != operand else v for i, v in enumerate(values)]
+            rest = [
+                v.materialize() if isinstance(v, Ref) and i != operand else v for i, v in enumerate(values)
+            ]
             if (results := rule(eqn, rest, operand)) is not None:
                 return results
         return control_flow.bind(eqn, [v.materialize() if isinstance(v, Ref) else v for v in values])

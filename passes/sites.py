@@ -460,7 +460,9 @@ def evaluate_fold(fold: Fold, params: Callable[[str], Array]) -> Array:
             return operand.value
         source = operand.source
         base = params(source.path) if isinstance(source, Param) else expression(source, loops)
-        picked = [loops[key[1]] if key[0] == "loop" else key[1] for key in (i.key for i in operand.view.indexed)]
+        picked = [
+            loops[key[1]] if key[0] == "loop" else key[1] for key in (i.key for i in operand.view.indexed)
+        ]
         return base if operand.view.is_identity else operand.view.apply(base, picked)
 
     def expression(expr: Expr, loops: dict[Address, Any]) -> Array:

@@ -170,7 +170,9 @@ class View:
         atoms = [index.atom for index in self.indexed] + [atom for axis in self.axes for atom in axis]
         order = sorted(range(len(atoms)), key=lambda i: (atoms[i].axis, -atoms[i].inner))
         w = w.reshape([atoms[i].size for i in order])  # every atom an axis, in the parameter's order
-        w = w.transpose(sorted(range(len(order)), key=order.__getitem__))  # indexed atoms first, then the axes
+        w = w.transpose(
+            sorted(range(len(order)), key=order.__getitem__)
+        )  # indexed atoms first, then the axes
         for index in indices:
             w = lax.dynamic_index_in_dim(w, index, 0, keepdims=False)
         return w.reshape(self.shape)
@@ -278,5 +280,7 @@ def step(eqn: JaxprEqn, view: View, others: Sequence[Any]) -> tuple[View, tuple]
         return None
     following, picked = result
     if following.shape != tuple(eqn.outvars[0].aval.shape):
-        raise AssertionError(f"view of {eqn.primitive} gives {following.shape}, the program {eqn.outvars[0].aval}")
+        raise AssertionError(
+            f"view of {eqn.primitive} gives {following.shape}, the program {eqn.outvars[0].aval}"
+        )
     return following, picked

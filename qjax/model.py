@@ -92,7 +92,9 @@ def _plan(call: _Call, recipe: Recipe) -> Plan:
 
 def _run(call: _Call, recipe: Recipe) -> Any:
     """Runs a call: fake-quant for float parameters that the recipe quantizes, packed kernels for packed ones."""
-    if any(not is_packed(leaf) for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None):
+    if any(
+        not is_packed(leaf) for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None
+    ):
         recipe.check_patterns([path for path in call.paths if path is not None])
     program = call.trace()
     sites = find_sites(program)
@@ -117,7 +119,9 @@ def _run(call: _Call, recipe: Recipe) -> Any:
     # A parameter that the model hands back (mutable=True) is handed back as it came in.
     inputs = dict(zip(program.jaxpr.jaxpr.invars, call.leaves, strict=True))
     returned = program.jaxpr.jaxpr.outvars
-    out = [inputs.get(var, value) if _is_var(var) else value for var, value in zip(returned, out, strict=True)]
+    out = [
+        inputs.get(var, value) if _is_var(var) else value for var, value in zip(returned, out, strict=True)
+    ]
     return call.results(out)
 
 
@@ -250,7 +254,13 @@ class QuantizedLinen:
     __call__ = apply
 
     def plan(
-        self, variables: Variables, *args: Any, rngs: Any = None, method: Any = None, mutable: Any = False, **kwargs: Any
+        self,
+        variables: Variables,
+        *args: Any,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
     ) -> Plan:
         """Every parameter with its format, or why it stays float.
 
@@ -265,7 +275,13 @@ class QuantizedLinen:
         return _plan(self._call(variables, args, kwargs, how), self.recipe)
 
     def convert(
-        self, variables: Variables, *args: Any, rngs: Any = None, method: Any = None, mutable: Any = False, **kwargs: Any
+        self,
+        variables: Variables,
+        *args: Any,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
     ) -> Variables:
         """The variables with every planned parameter packed, in the same tree.
 
@@ -325,59 +341,65 @@ class QuantizedNNX(nnx.Module):
         self.model = model
         self.recipe = recipe
 
-    def _call(self, args: tuple, kwargs: dict[str, Any], method: Any) -> _Call:
-        graph, state = nnx.split(self.model)
-        flat = [(path, variable) for path, variable in nnx.to_flat_state(state)]
-        params = {
-            "/".join(map(str, path)) for path, variable in flat if isinstance(variable, nnx.Param)
-        }
+    def _call(self, args: tuple, kwargs: dict[str, Any], method: Any) -> tuple[_Call, list[Any]]:
+        """The call, whose results are the method's and the state after it, and (once traced) that state's variables."""
+        graph, flat = nnx.graphdef(self.model), nnx_state(self.model)
+        params = {name for name, _, variable in flat if isinstance(variable, nnx.Param)}
+        after: list[Any] = []
 
         def fn(values: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-            state = [(path, var.replace(values["/".join(map(str, path))])) for path, var in flat]
+            state = [(path, variable.replace(values[name])) for name, path, variable in flat]
             model = nnx.merge(graph, nnx.from_flat_state(state))
-            bound = getattr(type(model), method) if isinstance(method, str) else method or type(model).__call__
+            bound = (
+                getattr(type(model), method) if isinstance(method, str) else method or type(model).__call__
+            )
             out = bound(model, *args, **kwargs)
-            after = nnx.to_flat_state(nnx.state(model))
-            self_state = [(path, var) for path, var in after if "/".join(map(str, path)) not in params]
-            call.state_after = [(path, var) for path, var in self_state]  # type: ignore[attr-defined]
-            return out, [var.get_value() for _, var in self_state]
+            after[:] = [(path, v) for name, path, v in nnx_state(model) if name not in params]
+            return out, [variable.get_value() for _, variable in after]
 
-        values = {"/".join(map(str, path)): variable.get_value() for path, variable in flat}
+        values = {name: variable.get_value() for name, _, variable in flat}
         call = _Call(
             fn,
             (values, args, kwargs),
             is_param=lambda path: path[0].idx == 0 and path[1].key in params,
             name=lambda path: path_name(path[1:]),
         )
-        return call
+        return call, after
 
     def __call__(self, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         """Runs the module: fake-quant on float parameters, packed kernels on packed ones.
 
-        `method` names another method of the module to run.
+        `method` is another method of the module to run, or its name.
         """
-        call = self._call(args, kwargs, method)
+        call, after = self._call(args, kwargs, method)
         out, values = _run(call, self.recipe)
-        state = [(path, var.replace(v)) for (path, var), v in zip(call.state_after, values, strict=True)]  # type: ignore[attr-defined]
+        state = [(path, variable.replace(v)) for (path, variable), v in zip(after, values, strict=True)]
         nnx.update(self.model, nnx.from_flat_state(state))
         return out
 
     def plan(self, *args: Any, method: Any = None, **kwargs: Any) -> Plan:
         """Every parameter with its format, or why it stays float; arguments as for a call."""
-        return _plan(self._call(args, kwargs, method), self.recipe)
+        return _plan(self._call(args, kwargs, method)[0], self.recipe)
 
     def convert(self, *args: Any, method: Any = None, **kwargs: Any) -> QuantizedNNX:
         """A copy of this module with every planned parameter packed; this one is left as it is.
 
         Arguments as for a call; errors as for `QuantizedLinen.convert`.
         """
-        packed = _convert(self._call(args, kwargs, method), self.recipe)
-        graph, state = nnx.split(self.model)
-        flat = [
-            (path, var.replace(packed.get("/".join(map(str, path)), var.get_value())))
-            for path, var in nnx.to_flat_state(state)
-        ]
-        return QuantizedNNX(nnx.merge(graph, nnx.from_flat_state(flat)), self.recipe)
+        packed = _convert(self._call(args, kwargs, method)[0], self.recipe)
+        return QuantizedNNX(with_nnx_values(self.model, packed), self.recipe)
+
+
+def nnx_state(model: nnx.Module) -> list[tuple[str, tuple[Any, ...], nnx.Variable]]:
+    """Every variable of an NNX module: path name, path, variable; a shared one once."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return [("/".join(map(str, path)), path, variable) for path, variable in flat]
+
+
+def with_nnx_values(model: nnx.Module, values: Mapping[str, Any]) -> nnx.Module:
+    """A copy of an NNX module with the values of some variables replaced, by path name."""
+    state = [(path, v.replace(values.get(name, v.get_value()))) for name, path, v in nnx_state(model)]
+    return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(state))
 
 
 def quantize(model: Any, recipe: Any, *, strict: bool = True) -> Any:

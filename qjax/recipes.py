@@ -88,7 +88,9 @@ class Recipe:
     def check_patterns(self, paths: Sequence[str]) -> None:
         """Raises a `PlanError` for a rule that matches none of the paths, if strict."""
         if self.strict and (problems := check_patterns(self.rules, paths)):
-            raise PlanError("\n  - ".join(["qjax: the recipe does not fit the model (strict=True):", *problems]))
+            raise PlanError(
+                "\n  - ".join(["qjax: the recipe does not fit the model (strict=True):", *problems])
+            )
 
 
 RECIPES: dict[str, tuple[Rule, ...]] = {name: (Rule("**", make()),) for name, make in _MAKERS.items()}
