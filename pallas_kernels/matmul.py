@@ -9,6 +9,8 @@ product.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import matmul_reference
+from pallas_kernels import matmul_cpu, matmul_reference
 from pallas_kernels.qtensor import QTensor
 
 quantized_matmul_p = Primitive("quantized_matmul")
@@ -87,9 +89,19 @@ def _reference(x: Array, *leaves: Array, **params: Any) -> Array:
     return matmul_reference.matmul(x, w, layer=layer, **rest)
 
 
+def _cpu(x: Array, *leaves: Array, **params: Any) -> Array:
+    w, layer, rest = _unflatten(leaves, params)
+    return matmul_cpu.matmul(x, w, layer=layer, **rest)
+
+
+@functools.cache
+def _jitted(**params: Any) -> Callable[..., Array]:
+    return jax.jit(functools.partial(quantized_matmul_p.bind, **params))
+
+
 @quantized_matmul_p.def_impl
 def _impl(*operands: Array, **params: Any) -> Array:
-    return jax.jit(lambda *o: _reference(*o, **params))(*operands)
+    return _jitted(**params)(*operands)
 
 
 @quantized_matmul_p.def_abstract_eval
@@ -151,3 +163,4 @@ ad.primitive_transposes[quantized_matmul_p] = _transpose
 batching.primitive_batchers[quantized_matmul_p] = _batch
 # Kernels register beside this one, per platform: mlir.register_lowering(..., platform="tpu").
 mlir.register_lowering(quantized_matmul_p, mlir.lower_fun(_reference, multiple_results=False))
+mlir.register_lowering(quantized_matmul_p, mlir.lower_fun(_cpu, multiple_results=False), platform="cpu")

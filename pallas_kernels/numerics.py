@@ -1,413 +1,607 @@
-"""The one definition of quantization: what codes and scales a weight gets, and what they stand for.
+"""Quantize, dequantize, fake-quantize: the one definition of every format's arithmetic.
 
-Fake-quant, solvers, packing and the reference kernel all call this file. It works on the canonical matrix
-`(*stack, K, N)`: groups run along K, each element of the stack is a matrix of its own. `fake_quant` is
-`dequantize(quantize(w))` by construction, and equals it bit for bit across compiled programs because
-    * scales are rounded to their stored dtype before codes are computed, behind an optimization barrier: XLA may
-      otherwise drop a float32 -> bfloat16 -> float32 round trip inside a fusion (excess precision);
-    * there is no multiply-add whose contraction to FMA could change a bit; double quantization, which has one, is
-      decoded behind a barrier too.
-The one exception is a search (`MseSearch`, `Refined`): its sums may be added in another order in another program, so
-two candidates of almost equal error can swap. A challenger must therefore win by a relative 1e-5.
+Everything works on the canonical matrix `(*stack, K, N)`: K is contracted, each element of the stack is a matrix of
+its own, groups lie along K. With the scale s of its group (and the zero point z, or 0), a value w is stored as
 
-Arithmetic is float32 whatever the weight's dtype. Where a scale would be subnormal (CPUs flush those to zero) the
-group becomes exact zeros.
+    code = clip(round(w / s + z))              value = (code - z) * s            integers; z is signed like the code
+    code = nearest(w * (1 / s))                value = table[code] * s           codebooks and floats
+
+in float32, whatever the dtype of w. Scales are rounded to their stored dtype before codes are chosen.
+
+**Bit equality.** `fake_quant(w, spec)` equals `dequantize(*quantize(w, spec), spec, w.dtype)`, eager, jitted or inside
+a larger program. XLA does not keep IEEE arithmetic as it is written, so three things are done on purpose:
+    * it turns a quotient by a broadcast or a constant into a product with the reciprocal: `_divide` prevents that;
+    * it fuses a product and an addition into one multiply-add: `_finite` keeps them apart;
+    * it may drop a cast to a narrow float and back (excess precision): `_round_to` rounds in float32 first.
+Sums, which a scale search is made of, are added in an order that the program spells out (`_accumulate`,
+`_pairwise_sum`) instead of the one that XLA likes best for a `reduce`; that is also several times faster on CPU.
+What XLA may still change is the last bit of `exp2` and of an inexact hardware division (TPU), in differently compiled
+programs; scales that a search proposes are rounded to 13 bits, so that this shows about never.
+
+**Small and large numbers.** Subnormal float32 numbers count as zero (XLA flushes them on CPU and TPU): a group whose
+scale would be subnormal, or that its scale dtype rounds to zero, has scale 0 and comes back as exact zeros. A scale too
+large for its dtype becomes the largest finite one. Dequantized values saturate at the largest float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Bool, Float, Int8
 
-from pallas_kernels.formats import AbsMax, Format, MseSearch, PerGroup, PerTensor, QuantSpec, SignedMax
+from pallas_kernels.formats import (
+    AbsMax,
+    Format,
+    MseSearch,
+    PerGroup,
+    PerTensor,
+    QuantSpec,
+    QuickSearch,
+    SignedMax,
+)
 
-_TINY = float(np.finfo(np.float32).tiny)
-_F16_MAX = float(np.finfo(np.float16).max)
-_NESTED_BLOCK = 256
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+NESTED_BLOCK = 256
+"""Scales in one block of double quantization, as in bitsandbytes."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """The scales of a matrix `(*stack, K, N)` with G groups along K.
+    """Scales of a canonical matrix as they are stored; a pytree.
 
-    Attributes:
-        values: `(*stack, G, N)`, G = 1 per channel, `(*stack, 1, 1)` per tensor; in the spec's scale dtype, or uint8
-            codes under double quantization.
-        zero: integer zero points, same shape, stored signed as the codes are; None for symmetric formats.
-        nested: scales of the codes `(*stack, ceil(N G / 256))`, float32, in blocks of 256 codes of the matrix's
-            `(N, G)` order; None without double quantization.
-        offset: what is added to the decoded codes, `(*stack,)`, float32; None without double quantization.
+    Invariants, with G groups along K:
+        * `values` is `(*stack, G, N)` in the spec's scale dtype: `(*stack, 1, N)` per channel, `(*stack, 1, 1)` per
+          tensor; under double quantization it holds the uint8 codes of the scales;
+        * `zero`, where the spec has a zero point, is int8 of the same shape, signed like the codes;
+        * under double quantization the scale of group g in column n belongs to block `(n * G + g) // 256` of its
+          matrix and is `dynamic_map()[values] * absmax[block] + offset`, with `absmax` `(*stack, B, 1)` and `offset`
+          `(*stack, 1, 1)`, both float32; otherwise both are None;
+        * each array has the stack axes in front, so taking one stack index of all of them gives the scales of that
+          matrix.
     """
 
-    values: Array
-    zero: Array | None = None
-    nested: Array | None = None
-    offset: Array | None = None
+    values: Any  # arrays, or what JAX puts in their place when it maps over a pytree
+    zero: Any = None
+    absmax: Any = None
+    offset: Any = None
 
 
-# --- Codes -------------------------------------------------------------------------------------------------------
+# --- Arithmetic that the compiler keeps ------------------------------------------------------------------------
+
+
+def _divide(x: Array, s: Array) -> Array:
+    """`x / s` rounded once, and x where s is 0; the select hides that the divisor is a broadcast or a constant."""
+    return x / jnp.where((x == 0) | (s == 0), 1.0, s)
+
+
+def _finite(product: Array) -> Array:
+    """Saturates what overflowed; the clamp also keeps the product from being fused with an addition."""
+    return lax.clamp(-FLOAT32_MAX, product, FLOAT32_MAX)
+
+
+def _reciprocal(s: Array) -> Array:
+    return 1 / jnp.where(s == 0, 1.0, s)
+
+
+def _round_to(x: Array, dtype: Any) -> Array:
+    """Rounds float32 numbers to those that `dtype` holds, ties to even, so that the cast that follows is exact."""
+    info = jnp.finfo(dtype)
+    if info.bits == 32:
+        return x
+    # Only float16 must overflow here as its cast does; float8 is clipped before.
+    exponent_bits = 5 if dtype == jnp.float16 else 8
+    normal = lax.reduce_precision(x, exponent_bits=exponent_bits, mantissa_bits=info.nmant)
+    if dtype == jnp.bfloat16:
+        return normal
+    # reduce_precision flushes subnormals. Their spacing is a power of two, so this scaling is exact.
+    step = 2.0 ** (info.minexp - info.nmant)
+    return jnp.where(jnp.abs(x) < 2.0**info.minexp, jnp.round(x * (1 / step)) * step, normal)
+
+
+def _pairwise_sum(x: Array, axis: int) -> Array:
+    """Sum over an axis, kept at size 1, in an order that no compiler changes."""
+    axis %= x.ndim
+    while (size := x.shape[axis]) > 1:
+        half = size // 2
+        low, high = (lax.slice_in_dim(x, i * half, (i + 1) * half, axis=axis) for i in (0, 1))
+        rest = [lax.slice_in_dim(x, 2 * half, size, axis=axis)] if size % 2 else []
+        x = lax.concatenate([low + high, *rest], axis) if rest else low + high
+    return x
+
+
+# --- Codes -----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _thresholds(fmt: Format) -> tuple[np.ndarray, np.ndarray]:
-    """For a codebook: the float32 values above which the next sorted value is nearest, and the code of each value.
+def _codebook_steps(format: Format) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Codes in the order of their values, and between each two the largest float32 that goes to the lower one."""
+    order = sorted((i for i, v in enumerate(format.values) if str(v) != "-0.0"), key=format.values.__getitem__)
+    values = np.asarray([format.values[i] for i in order], np.float32)
+    middles = (values[:-1] + values[1:]) / 2
+    if format.ties == "even":
+        below = np.nextafter(middles, np.float32(-np.inf))
+        middles = np.where(np.asarray(order[1:]) % 2 == 0, below, middles)
+    return tuple(map(float, middles)), tuple(order)
 
-    A tie goes to the even code of a minifloat, as in its cast, and down otherwise, as in bitsandbytes.
+
+def _nearest_entry(x: Array, format: Format, entries: Sequence[float], dtype: Any) -> Array:
+    """For each x the entry (one per code) of the code whose value is nearest."""
+    middles, order = _codebook_steps(format)
+    result = jnp.full(x.shape, entries[order[0]], dtype)
+    for middle, code in zip(middles, order[1:], strict=True):
+        result = jnp.where(x > middle, jnp.asarray(entries[code], dtype), result)
+    return result
+
+
+def _nearest_value(x: Array, format: Format) -> Array:
+    """`decode_codes(encode(x, format), format)` without the codes."""
+    if format.kind == "int":
+        return lax.clamp(float(format.qmin), jnp.round(x), float(format.qmax))
+    if format.kind == "float":
+        return _round_to(lax.clamp(-format.largest, x, format.largest), format.dtype)
+    return _nearest_entry(x, format, format.values, jnp.float32)
+
+
+def encode(x: Float[Array, "*S"], format: Format) -> Int8[Array, "*S"]:
+    """The codes of unscaled float32 numbers: the nearest value of the format, clipped to its range.
+
+    Halfway cases go to the even integer or float, and as `Format.ties` says in a codebook. A codebook stores negative
+    zero as zero.
     """
-    values = np.asarray(sorted({v + 0.0 for v in fmt.values}), np.float32)
-    codes = np.asarray([fmt.values.index(v) for v in sorted({v + 0.0 for v in fmt.values})])
-    middle = ((values[:-1].astype(np.float64) + values[1:]) / 2).astype(np.float32)
-    if fmt.name == "fp4_e2m1":
-        to_upper = codes[1:] % 2 == 0
-        middle = np.where(to_upper, np.nextafter(middle, np.float32(-np.inf)), middle)
-    return middle, codes
+    if format.kind == "codebook":
+        return _nearest_entry(x, format, [float(code) for code in range(len(format.values))], jnp.int8)
+    values = _nearest_value(x, format)
+    if format.kind == "int":
+        return values.astype(jnp.int8)
+    return lax.bitcast_convert_type(values.astype(jnp.dtype(format.dtype)), jnp.int8)
 
 
-def encode(t: Float[Array, "..."], fmt: Format) -> Int8[Array, "..."]:
-    """The nearest code of scaled values; integers round half to even, values beyond the ends clip."""
-    if fmt.kind == "int":
-        return jnp.clip(jnp.round(t), fmt.qmin, fmt.qmax).astype(jnp.int8)
-    if fmt.kind == "float":
-        top = fmt.largest
-        return lax.bitcast_convert_type(jnp.clip(t, -top, top).astype(fmt.dtype), jnp.int8)
-    middle, codes = _thresholds(fmt)
-    rank = sum((t > float(m)).astype(jnp.int32) for m in middle)  # compares vectorise; a 16-way argmin would not fuse
-    if (codes == np.arange(len(codes))).all():
-        return rank.astype(jnp.int8)
-    return _select(rank, codes.tolist(), jnp.int32).astype(jnp.int8)
-
-
-def decode(codes: Int8[Array, "..."], fmt: Format) -> Float[Array, "..."]:
-    """What codes stand for before the scale, float32."""
-    if fmt.kind == "int":
+def decode_codes(codes: Int8[Array, "*S"], format: Format) -> Float[Array, "*S"]:
+    """The unscaled float32 values that codes stand for: integers, codebook entries, float8 numbers."""
+    if format.kind == "int":
         return codes.astype(jnp.float32)
-    if fmt.kind == "float":
-        return lax.bitcast_convert_type(codes, jnp.dtype(fmt.dtype)).astype(jnp.float32)
-    return _select(codes.astype(jnp.int32), list(fmt.values), jnp.float32)
+    if format.kind == "float":
+        return lax.bitcast_convert_type(codes, jnp.dtype(format.dtype)).astype(jnp.float32)
+    # A tree of selects, one level for each bit: as fast as a gather on CPU, and it vectorises on TPU, where one
+    # does not.
+    level = [jnp.float32(v) for v in format.values]
+    for bit in range(format.bits):
+        odd = (codes & (1 << bit)) != 0
+        level = [jnp.where(odd, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+    return level[0]
 
 
-def _select(index: Array, table: list[float], dtype: Any) -> Array:
-    """`table[index]` as a tree of selects: it vectorises on CPU and TPU, where a gather from a small table does not."""
-    level = [jnp.asarray(v, dtype) for v in table]
-    bit = 0
-    while len(level) > 1:
-        odd = (index >> bit) & 1 == 1
-        pairs = [level[i : i + 2] for i in range(0, len(level), 2)]
-        level = [jnp.where(odd, p[1], p[0]) if len(p) == 2 else p[0] for p in pairs]
-        bit += 1
-    return jnp.broadcast_to(level[0], index.shape)
-
-
-# --- Groups --------------------------------------------------------------------------------------------------------
+# --- Groups ----------------------------------------------------------------------------------------------------
 
 
 def _group_size(k: int, spec: QuantSpec) -> int:
-    return spec.granularity.size if isinstance(spec.granularity, PerGroup) else max(k, 1)
+    return max(1, min(spec.granularity.size, k) if isinstance(spec.granularity, PerGroup) else k)
 
 
-def _to_groups(m: Array, spec: QuantSpec) -> Array:
-    """(*stack, K, N) -> (*stack, G, g, N); a short last group is filled with zeros, which no rule below notices."""
-    *stack, k, n = m.shape
-    g = _group_size(k, spec)
-    groups = -(-k // g)
-    m = jnp.pad(m, [(0, 0)] * len(stack) + [(0, groups * g - k), (0, 0)]) if groups * g != k else m
-    return m.reshape(*stack, groups, g, n)
+def _to_groups(w: Array, spec: QuantSpec) -> Array:
+    """(*stack, K, N) -> (*stack, G, g, N). A short last group is filled with zeros, which no scale rule notices."""
+    *stack, k, n = w.shape
+    size = _group_size(k, spec)
+    groups = max(1, -(-k // size))
+    w = jnp.pad(w, [(0, 0)] * len(stack) + [(0, groups * size - k), (0, 0)])
+    return w.reshape(*stack, groups, size, n)
 
 
-def _from_groups(m: Array, k: int) -> Array:
+def _from_groups(x: Array, k: int) -> Array:
     """The inverse of `_to_groups`."""
-    *stack, groups, g, n = m.shape
-    return m.reshape(*stack, groups * g, n)[..., :k, :]
+    *stack, groups, size, n = x.shape
+    return lax.slice_in_dim(x.reshape(*stack, groups * size, n), 0, k, axis=len(stack))
 
 
-def _axes(spec: QuantSpec) -> tuple[int, ...]:
-    """The axes of the grouped matrix that share a scale."""
-    return (-2, -1) if isinstance(spec.granularity, PerTensor) else (-2,)
+def _repeat(s: Array, k: int, spec: QuantSpec) -> Array:
+    """What each group has, `(*stack, G, N)`, for each of its values, `(*stack, K, N)`; one group stays size 1."""
+    if not isinstance(spec.granularity, PerGroup):
+        return s
+    *stack, groups, n = s.shape
+    s = jnp.broadcast_to(s[..., None, :], (*stack, groups, _group_size(k, spec), n))
+    return _from_groups(s, k)
 
 
-def _stored(scale: Array, spec: QuantSpec) -> Array:
-    """A scale as it will be read back: rounded to its dtype, zero where it would be subnormal."""
-    scale = jnp.where(jnp.abs(scale) < _TINY, 0.0, scale)
-    if spec.scale_dtype == "float32":
-        return scale
-    if spec.scale_dtype == "float16":
-        scale = jnp.clip(scale, -_F16_MAX, _F16_MAX)
-    return lax.optimization_barrier(scale.astype(spec.scale_dtype)).astype(jnp.float32)
+class _Group(NamedTuple):
+    """The values that share scales, `x: (*stack, G, g, N)`, and their extremes with the reduced axes kept at size 1."""
+
+    x: Array
+    low: Array  # min(x, 0)
+    high: Array  # max(x, 0)
+    size: np.ndarray  # (G, 1, 1): how many values of the group are not padding
+
+    @property
+    def absmax(self) -> Array:
+        return jnp.maximum(-self.low, self.high)
+
+
+def _groups(w: Array, spec: QuantSpec) -> _Group:
+    k, n = w.shape[-2:]
+    x = _to_groups(w.astype(jnp.float32), spec)
+    groups, g = x.shape[-3:-1]
+    per_tensor = isinstance(spec.granularity, PerTensor)
+    axes = (-2, -1) if per_tensor else (-2,)
+    low = jnp.min(x, axis=axes, keepdims=True, initial=0.0)
+    high = jnp.max(x, axis=axes, keepdims=True, initial=0.0)
+    size = np.minimum(g, np.maximum(k - g * np.arange(groups), 1)) * (n if per_tensor else 1)
+    return _Group(x, low, high, size.astype(np.float32)[:, None, None])
+
+
+# Steps of the loop that adds up a group. Longer groups are split into strands that are added side by side, so that
+# a step has enough to do: (1, 4096, N) is 64 steps of 64 strands.
+_MAX_STEPS = 64
+
+
+def _accumulate(group: _Group, terms: Callable[[Array], tuple[Array, ...]]) -> tuple[Array, ...]:
+    """Sums of `terms` over each group, shaped like `group.low`, in an order that no compiler changes.
+
+    Args:
+        group: the values.
+        terms: from a slice `(*stack, G, S, N)` of the values, what is summed; 0 where the value is 0.
+    """
+    *stack, groups, g, n = group.x.shape
+    strands = -(-g // _MAX_STEPS)
+    steps = -(-g // strands)
+    x = jnp.pad(group.x, [(0, 0)] * (len(stack) + 1) + [(0, steps * strands - g), (0, 0)])
+    x = x.reshape(*stack, groups, steps, strands, n)
+
+    def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        new = terms(lax.dynamic_index_in_dim(x, i, axis=x.ndim - 3, keepdims=False))
+        return tuple(a + _finite(b) for a, b in zip(sums, new, strict=True))
+
+    zeros = jax.eval_shape(terms, jax.ShapeDtypeStruct((*stack, groups, strands, n), jnp.float32))
+    start = tuple(jnp.zeros(z.shape, z.dtype) for z in zeros)
+    sums = lax.fori_loop(0, steps, step, start, unroll=min(8, steps))
+    sums = tuple(_pairwise_sum(a, -2) for a in sums)
+    return sums if group.low.shape[-1] == n else tuple(_pairwise_sum(a, -1) for a in sums)
 
 
 # --- Scale rules -----------------------------------------------------------------------------------------------
 #
-# Each works on groups w (*stack, G, g, N) and gives scale and zero point with the reduced axes kept at size 1.
+# Each gives scale and zero point of every group, both float32 and as they will be stored.
 
 
-def _scaled(w: Array, scale: Array, zero: Array | None, fmt: Format) -> Array:
-    safe = jnp.where(scale == 0, 1.0, scale)
-    if fmt.kind == "codebook":
-        return w * (1.0 / safe)  # as bitsandbytes computes it
-    t = w / safe
-    return t if zero is None else t + zero
+class _Choice(NamedTuple):
+    scale: Array
+    zero: Array | None
 
 
-def _round_trip(w: Array, scale: Array, zero: Array | None, fmt: Format) -> Array:
-    """The scaled value that is decoded for w: integer minus zero point, or codebook value."""
-    q = decode(encode(_scaled(w, scale, zero, fmt), fmt), fmt)
-    return q if zero is None else q - zero
+def _stored(scale: Array, spec: QuantSpec) -> Array:
+    """The scale as its dtype holds it: clamped to the largest finite number, 0 where it would be subnormal."""
+    dtype = jnp.dtype(spec.scale_dtype)
+    largest = float(jnp.finfo(dtype).max)
+    scale = _round_to(lax.clamp(-largest, scale, largest), dtype)
+    return jnp.where(jnp.abs(scale) < FLOAT32_TINY, 0.0, scale)
 
 
-def _absmax(w: Array, spec: QuantSpec) -> Array:
-    return jnp.max(jnp.abs(w), axis=_axes(spec), keepdims=True)
-
-
-def _steps_of(fmt: Format) -> float:
-    """Scaled value of the largest magnitude under `AbsMax`."""
-    return ((1 << fmt.bits) - 1) / 2 if fmt.kind == "int" else fmt.largest
-
-
-def _affine(w: Array, spec: QuantSpec, shrink: float | Array = 1.0) -> tuple[Array, Array]:
-    """Scale and zero point of the range of w and 0, shrunk towards 0."""
-    fmt = spec.format
-    low = jnp.minimum(jnp.min(w, axis=_axes(spec), keepdims=True), 0.0) * shrink
-    high = jnp.maximum(jnp.max(w, axis=_axes(spec), keepdims=True), 0.0) * shrink
-    scale = _stored((high - low) / ((1 << fmt.bits) - 1), spec)
-    zero = fmt.qmin - jnp.round(low / jnp.where(scale == 0, 1.0, scale))
-    return scale, jnp.clip(zero, fmt.qmin, fmt.qmax)
-
-
-def _signed_max(w: Array, spec: QuantSpec) -> Array:
-    """The value of largest magnitude, sign kept; the positive one of two."""
-    high = jnp.max(w, axis=_axes(spec), keepdims=True)
-    low = jnp.min(w, axis=_axes(spec), keepdims=True)
-    return jnp.where(high >= -low, high, low)
-
-
-def _least_squares(w: Array, scale: Array, zero: Array | None, spec: QuantSpec) -> Array:
-    """The scale that fits w best while its codes stay: <w, q> / <q, q>."""
-    q = _round_trip(w, scale, zero, spec.format)
-    wq = jnp.sum(w * q, axis=_axes(spec), keepdims=True)
-    qq = jnp.sum(q * q, axis=_axes(spec), keepdims=True)
-    return _stored(jnp.where(qq == 0, scale, wq / jnp.where(qq == 0, 1.0, qq)), spec)
-
-
-def _error(w: Array, scale: Array, zero: Array | None, spec: QuantSpec) -> Array:
-    d = w - scale * _round_trip(w, scale, zero, spec.format)
-    return jnp.sum(d * d, axis=_axes(spec), keepdims=True)
-
-
-# Where `Refined` starts: the part of the largest magnitude that maps to the most negative code, by bits. Best on
-# Gaussian, Laplace and Student-t groups of 32 to 128 (scripts/bench_formats.py).
-_REFINED_START = {2: 0.8, 3: 0.9, 4: 0.95}
-
-
-def _choose(w: Array, spec: QuantSpec) -> tuple[Array, Array | None]:
-    """Scale and zero point of every group, by the spec's rule, rounded as stored."""
-    fmt, rule = spec.format, spec.scale_rule
-    match rule:
-        case SignedMax():
-            return _stored(_signed_max(w, spec) / fmt.qmin, spec), None
-        case MseSearch() if fmt.kind != "float":
-            return _search(w, spec, rule)
-        case AbsMax() | MseSearch():
-            if spec.zero_point:
-                return _affine(w, spec)
-            return _stored(_absmax(w, spec) / _steps_of(fmt), spec), None
-    raise AssertionError(rule)
-
-
-def _search(w: Array, spec: QuantSpec, rule: MseSearch) -> tuple[Array, Array | None]:
-    fmt = spec.format
-    grid = np.linspace(0.4, 1.0, 10, dtype=np.float32)
-
-    def better(best: Any, candidate: Any) -> Any:
-        wins = candidate[0] < best[0] * (1 - 1e-5)
-        return jax.tree.map(lambda new, old: jnp.where(wins, new, old), candidate, best)
-
+def _abs_max(group: _Group, spec: QuantSpec) -> _Choice:
+    format = spec.format
+    half_range = jnp.float32((2**format.bits - 1) / 2)
     if spec.zero_point:
+        # Halved, because the range of two finite numbers may overflow.
+        scale = _stored(_divide(group.high / 2 - group.low / 2, half_range), spec)
+        zero = jnp.round(format.qmin - _divide(group.low, scale))
+        return _Choice(scale, lax.clamp(float(format.qmin), zero, float(format.qmax)))
+    divisor = half_range if format.kind == "int" else jnp.float32(format.largest)
+    return _Choice(_stored(_divide(group.absmax, divisor), spec), None)
 
-        def propose(shrink: Array) -> tuple[Array, Array | None]:
-            return _affine(w, spec, shrink)
 
-        first: tuple[Array, Array | None] = _affine(w, spec)
+def _signed_max(group: _Group, spec: QuantSpec) -> _Choice:
+    extreme = jnp.where(group.high > -group.low, group.high, group.low)
+    return _Choice(_stored(extreme / spec.format.qmin, spec), None)  # qmin is a power of two: exact
+
+
+# Ends of the search grid as parts of the range that AbsMax covers. Below 1, the largest values are clipped; above, the
+# last codes are unused, which pays off where steps are uneven. The best scale of a float lies within an octave, as its
+# relative steps repeat.
+_GRID_ENDS: dict[str, tuple[float, float]] = {"int": (0.8, 1.0), "codebook": (0.8, 1.2), "float": (0.95, 1.6)}
+
+
+def _grid_ends(group: _Group, spec: QuantSpec) -> tuple[Array, float]:
+    """First and last grid point. The first is low enough for clipping outliers, in groups that are better without.
+
+    Two estimates bound the best clipping point c from below. For a Gaussian it is some 2 to 4 sigma, by bits (a fifth
+    less, for safety, below). For one outlier of magnitude A among n values, minimising the clipping error
+    (A - c)^2 plus the rounding error n c^2 / (3 * 4^bits) gives c = A / (1 + n / (3 * 4^bits)).
+    """
+    format = spec.format
+    first, last = _GRID_ENDS[format.kind]
+    if format.kind == "float":
+        return jnp.full_like(group.absmax, first), last
+    inverse = _reciprocal(group.absmax)
+    (squares,) = _accumulate(group, lambda x: (jnp.square(_finite(x * inverse)),))
+    size = jnp.asarray(group.size).reshape([1] * (inverse.ndim - 3) + [-1, 1, 1])
+    rms = jnp.sqrt(_divide(squares, size))
+    gaussian = (1.08 + 0.26 * format.bits) * rms
+    outlier = jnp.asarray(1 / (1 + group.size / (3 * 4.0**format.bits)), jnp.float32).reshape(size.shape)
+    # A bound need not be precise.
+    return lax.reduce_precision(jnp.minimum(first, jnp.maximum(gaussian, outlier)), 8, 5), last
+
+
+def _coarse(scale: Array) -> Array:
+    """A scale that a search proposes, in 13 bits: enough for 8-bit codes."""
+    return lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=12)
+
+
+class _Fit(NamedTuple):
+    """How well a choice fits its group: squared error, the same after its own best scale, and that scale."""
+
+    error: Array
+    refined_error: Array
+    refined_scale: Array
+
+
+def _fit(group: _Group, choice: _Choice, unit: Array, format: Format) -> _Fit:
+    """Errors are in units of `unit` squared, a scale of the group, so that they neither overflow nor underflow.
+
+    With y = x / s and q its rounded value, the best scale for the same codes is <x, q> / <q, q> = s (1 + f), where
+    f = <y - q, q> / <q, q>, and it leaves the error s^2 (<y - q, y - q> - f <y - q, q>).
+    """
+    scale, zero = choice
+    inverse = _reciprocal(scale)
+
+    def terms(x: Array) -> tuple[Array, Array, Array]:
+        y = _finite(x * inverse)
+        q = _nearest_value(y, format) if zero is None else _nearest_value(y + zero, format) - zero
+        d = y - q
+        return d * d, d * q, q * q
+
+    dd, dq, qq = _accumulate(group, terms)
+    f = _finite(dq * _reciprocal(qq))
+    squared = jnp.square(_finite(scale * _reciprocal(unit)))
+    return _Fit(squared * dd, squared * (dd - _finite(f * dq)), scale + _finite(scale * f))
+
+
+_MARGIN = 1 - 1e-5  # candidates that differ by rounding only, as mirror images do, keep their order
+
+
+def _search(group: _Group, spec: QuantSpec, points: int, variants: tuple[float, ...]) -> _Choice:
+    """The best of `points * len(variants)` candidates by the error that its refined scale leaves.
+
+    A variant is the sign of the scale relative to `SignedMax`, or what is added to a zero point before it is floored.
+    """
+    format, absmax = spec.format, group.absmax
+    first, last = _grid_ends(group, spec)
+    octaves = jnp.log2(first / last)
+    if format.kind == "int" and not spec.zero_point:
+        unit = absmax / -format.qmin
+        negative = (group.high > -group.low) & (not spec.double_quant)
+        signed = jnp.where(negative, -unit, unit)
     else:
-        absmax = _absmax(w, spec)
-        if fmt.kind == "int":  # the full range is the one that reaches the most negative code
-            top = float(-fmt.qmin)
-            grid = grid if spec.double_quant else np.concatenate([grid, -grid])
-        else:
-            top = fmt.largest
+        unit = _abs_max(group, spec).scale
+        signed = unit
 
-        def propose(shrink: Array) -> tuple[Array, Array | None]:
-            return _stored(absmax * (shrink / top), spec), None
+    def propose(fraction: Array, variant: Array) -> _Choice:
+        part = last * jnp.exp2(fraction * octaves)
+        if not spec.zero_point:
+            sign = variant if format.kind == "int" else 1.0
+            return _Choice(_stored(_coarse(part * (sign * signed)), spec), None)
+        scale = _stored(_coarse(part * signed), spec)
+        zero = jnp.floor(format.qmin - _finite(group.low * part * _reciprocal(scale)) + variant)
+        return _Choice(scale, lax.clamp(float(format.qmin), zero, float(format.qmax)))
 
-        first = _stored(absmax / _steps_of(fmt), spec), None
+    def step(best: tuple[Array, _Choice], candidate: tuple[Array, Array]) -> tuple[tuple[Array, _Choice], None]:
+        choice = propose(*candidate)
+        fit = _fit(group, choice, unit, format)
+        wins = fit.refined_error < best[0] * _MARGIN
+        refined = _Choice(_stored(_coarse(fit.refined_scale), spec), choice.zero)
+        return jax.tree.map(functools.partial(jnp.where, wins), (fit.refined_error, refined), best), None
 
-    def step(best: Any, shrink: Array) -> tuple[Any, None]:
-        scale, zero = propose(shrink)
-        return better(best, (_error(w, scale, zero, spec), scale, zero)), None
-
-    best, _ = lax.scan(step, (_error(w, *first, spec), *first), jnp.asarray(grid))
-    for _ in range(2):
-        _, scale, zero = best
-        refined = _least_squares(w, scale, zero, spec)
-        best = better(best, (_error(w, refined, zero, spec), refined, zero))
-    return best[1], best[2]
+    fractions = np.linspace(0, 1, points, dtype=np.float32) if points > 1 else np.zeros(1, np.float32)
+    grid = np.stack(np.meshgrid(fractions, np.asarray(variants, np.float32), indexing="ij")).reshape(2, -1)
+    start = (jnp.full_like(absmax, jnp.inf), propose(jnp.float32(0), jnp.float32(variants[0])))
+    (_, best), _ = lax.scan(step, start, (jnp.asarray(grid[0]), jnp.asarray(grid[1])))
+    return best
 
 
-# --- Double quantization -----------------------------------------------------------------------------------------
+def _mse_search(group: _Group, spec: QuantSpec) -> _Choice:
+    rule = spec.scale_rule
+    assert isinstance(rule, MseSearch)
+    variants = (0.0, 1.0) if spec.zero_point else (1.0, -1.0) if _both_signs(spec) else (1.0,)
+    points = rule.points * 2 // len(variants)
+    start = _abs_max(group, spec)
+    found = _search(group, spec, points, variants)
+    fit = _fit(group, found, start.scale, spec.format)
+    again = _Choice(_stored(_coarse(fit.refined_scale), spec), found.zero)
+    best, error = start, _fit(group, start, start.scale, spec.format).error
+    for choice, new_error in ((found, fit.error), (again, _fit(group, again, start.scale, spec.format).error)):
+        wins = new_error < error * _MARGIN
+        best, error = jax.tree.map(functools.partial(jnp.where, wins), (choice, new_error), (best, error))
+    return best
+
+
+def _quick_search(group: _Group, spec: QuantSpec) -> _Choice:
+    rule = spec.scale_rule
+    assert isinstance(rule, QuickSearch)
+    return _search(group, spec, rule.points, (0.5,) if spec.zero_point else (1.0,))
+
+
+def _both_signs(spec: QuantSpec) -> bool:
+    return spec.format.kind == "int" and not spec.zero_point and not spec.double_quant
+
+
+_CHOOSE: dict[type, Callable[[_Group, QuantSpec], _Choice]] = {
+    AbsMax: _abs_max,
+    SignedMax: _signed_max,
+    MseSearch: _mse_search,
+    QuickSearch: _quick_search,
+}
+
+
+# --- Double quantization ---------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _dynamic_map() -> np.ndarray:
-    """The 256 values of the 8-bit dynamic data type (arXiv 2110.02861), float32, ascending.
+def dynamic_map() -> np.ndarray:
+    """The 256 ascending float32 values of the 8-bit dynamic data type (arXiv 2110.02861), as bitsandbytes has them.
 
-    Between two powers of ten the values are the midpoints of an even division; divisions are computed from the
-    nearer end with one rounding, as torch.linspace does on CPU, which bitsandbytes' table was made with.
+    Seven decades; in decade i the midpoints of an even division of [0.1, 1] into 2**i parts, both signs, and 0 and 1.
+    The divisions are rounded as torch.linspace does: from the nearer end, with a float32 step.
     """
-    values: list[float] = [0.0, 1.0]
+    values = [0.0, 1.0]
     for i in range(7):
-        n = 2**i + 1
-        start, end = np.float32(0.1), np.float32(1.0)
-        step = np.float64((end - start) / np.float32(n - 1))
-        at = np.arange(n)
-        edges = np.where(at < n // 2, start + step * at, end - step * (n - 1 - at)).astype(np.float32)
-        means = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (i - 6))
-        values += [*means, *-means]
+        at = np.arange(2**i + 1)
+        step = np.float64((np.float32(1.0) - np.float32(0.1)) / np.float32(2**i))
+        edges = np.where(at < len(at) // 2, np.float32(0.1) + step * at, 1.0 - step * (2**i - at)).astype(np.float32)
+        middles = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (i - 6))
+        values += [*middles, *-middles]
     return np.sort(np.asarray(values, np.float32))
 
 
-def _nest(scale: Array, spec: QuantSpec) -> Scales:
-    """8-bit codes of float32 scales `(*stack, G, N)`, in blocks of 256 along `(N, G)`, around their mean."""
+@functools.cache
+def _dynamic_steps() -> np.ndarray:
+    """Between each two codes of the map, the last of 65536 even steps over [-1, 1] that goes to the lower one.
+
+    bitsandbytes looks codes up by that step, which differs from the nearest code within 1.5e-5 of a midpoint.
+    """
+    values = dynamic_map().astype(np.float64)
+    return np.floor(((values[:-1] + values[1:]) / 2 + 1) / 2 * 65535).astype(np.int32)
+
+
+def _nest(scale: Float[Array, "*stack G N"]) -> Scales:
+    """8-bit codes of scales around their mean, in blocks of 256 along `(N, G)` (section 3 of arXiv 2305.14314)."""
     *stack, g, n = scale.shape
     flat = jnp.swapaxes(scale, -1, -2).reshape(*stack, n * g)
-    offset = jnp.mean(flat, axis=-1)
-    blocks = -(-n * g // _NESTED_BLOCK)
-    centred = jnp.pad(flat - offset[..., None], [(0, 0)] * len(stack) + [(0, blocks * _NESTED_BLOCK - n * g)])
-    centred = centred.reshape(*stack, blocks, _NESTED_BLOCK)
-    nested = jnp.max(jnp.abs(centred), axis=-1)
-    t = centred * (1.0 / jnp.where(nested == 0, 1.0, nested))[..., None]
-    # bitsandbytes looks codes up in a table of 65536 entries over [-1, 1]: round to its grid, then to the nearest
-    grid = jnp.floor((t + 1) / 2 * 65535 + 0.5) / 65535 * 2 - 1
-    table = _dynamic_map()
-    middle = ((table[:-1].astype(np.float64) + table[1:]) / 2).astype(np.float32)
-    codes = jnp.searchsorted(jnp.asarray(middle), grid.reshape(-1)).reshape(grid.shape).astype(jnp.uint8)
-    codes = codes.reshape(*stack, blocks * _NESTED_BLOCK)[..., : n * g].reshape(*stack, n, g)
-    return Scales(jnp.swapaxes(codes, -1, -2), None, nested, offset)
+    offset = _divide(_pairwise_sum(flat, -1), jnp.float32(max(1, n * g)))  # (*stack, 1)
+    blocks = -(-n * g // NESTED_BLOCK)
+    padding = [(0, 0)] * len(stack) + [(0, blocks * NESTED_BLOCK - n * g)]
+    centred = jnp.pad(flat - offset, padding).reshape(*stack, blocks, NESTED_BLOCK)
+    absmax = jnp.max(jnp.abs(centred), axis=-1, keepdims=True, initial=0.0)  # (*stack, B, 1)
+    unit = centred * _reciprocal(absmax)
+    step = jnp.floor(_finite((unit + 1) / 2 * 65535) + 0.5).astype(jnp.int32)
+    codes = jnp.searchsorted(jnp.asarray(_dynamic_steps()), step).astype(jnp.uint8)
+    codes = codes.reshape(*stack, blocks * NESTED_BLOCK)[..., : n * g].reshape(*stack, n, g)
+    return Scales(jnp.swapaxes(codes, -1, -2), None, absmax, offset[..., None])
 
 
 def resolve_scales(scales: Scales) -> Float[Array, "*stack G N"]:
-    """The scales as float32 numbers, `(*stack, G, N)`."""
-    if scales.nested is None or scales.offset is None:
+    """The scales as float32 numbers, double quantization undone."""
+    if scales.absmax is None:
         return scales.values.astype(jnp.float32)
     *stack, g, n = scales.values.shape
-    codes = jnp.swapaxes(scales.values, -1, -2).reshape(*stack, n * g)
-    block = jnp.repeat(scales.nested, _NESTED_BLOCK, axis=-1)[..., : n * g]
-    product = lax.optimization_barrier(jnp.asarray(_dynamic_map())[codes.astype(jnp.int32)] * block)
-    flat = product + scales.offset[..., None]
-    return jnp.swapaxes(flat.reshape(*stack, n, g), -1, -2)
+    unit = jnp.asarray(dynamic_map())[scales.values.astype(jnp.int32)]
+    absmax = jnp.broadcast_to(scales.absmax, (*scales.absmax.shape[:-1], NESTED_BLOCK))
+    absmax = absmax.reshape(*stack, -1)[..., : n * g].reshape(*stack, n, g)
+    return _finite(unit * jnp.swapaxes(absmax, -1, -2)) + scales.offset
 
 
 def plain_scales(scales: Scales) -> Scales:
-    """The same scales without double quantization."""
-    return scales if scales.nested is None else Scales(resolve_scales(scales), scales.zero)
+    """The same scales without double quantization, so that groups and columns can be taken apart."""
+    return scales if scales.absmax is None else Scales(resolve_scales(scales), scales.zero)
 
 
-# --- Quantize, dequantize, fake-quant ------------------------------------------------------------------------------
+# --- Quantize, dequantize, fake-quantize -----------------------------------------------------------------------
 
 
-def quantize(w: Float[Array, "*stack K N"], spec: QuantSpec) -> tuple[Int8[Array, "*stack K N"], Scales]:
-    """Codes and scales of a matrix.
+@functools.partial(jax.jit, static_argnames=("spec",))
+def _quantize(w: Array, *, spec: QuantSpec) -> tuple[Array, Scales, Array]:
+    """Codes, scales, and for each value whether it was rounded rather than clipped."""
+    k = w.shape[-2]
+    group = _groups(w, spec)
+    scale, zero = _CHOOSE[type(spec.scale_rule)](group, spec)
+    if spec.format.kind == "int":
+        y = _divide(group.x, scale)
+        y = y if zero is None else y + zero
+    else:
+        y = group.x * _reciprocal(scale)  # as bitsandbytes computes it
+    lowest, highest = spec.format.bounds
+    rounded = (y >= lowest) & (y <= highest)
+    values = jnp.squeeze(scale, -2)  # (*stack, G, N)
+    scales = _nest(values) if spec.double_quant else Scales(values.astype(spec.scale_dtype))
+    if zero is not None:
+        scales = dataclasses.replace(scales, zero=jnp.squeeze(zero, -2).astype(jnp.int8))
+    return _from_groups(encode(y, spec.format), k), scales, _from_groups(rounded, k)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
+def _dequantize(codes: Array, scales: Scales, *, spec: QuantSpec, dtype: Any) -> Array:
+    k = codes.shape[-2]
+    values = decode_codes(codes, spec.format)
+    if scales.zero is not None:
+        values = values - _repeat(scales.zero.astype(jnp.float32), k, spec)
+    values = _finite(values * _repeat(resolve_scales(scales), k, spec))
+    return _round_to(values, dtype).astype(dtype)
+
+
+def quantize(w: Float[Array | np.ndarray, "*stack K N"], spec: QuantSpec) -> tuple[Int8[Array, "*stack K N"], Scales]:
+    """Codes and scales of a matrix, for any K, whether or not the group size divides it.
 
     Args:
-        w: any float dtype; must be finite (`check_finite`).
-        spec: format, granularity, scale rule.
+        w: the matrix, any float dtype, finite (`check_finite` gives the error for what is not).
+        spec: number format, granularity and scale rule.
 
     Returns:
-        codes: signed integers, codebook indices (0..15) or bit patterns of 8-bit floats.
-        scales: in the dtype in which they are stored.
+        codes: signed integers, indices `0..15` into a codebook, or the bit patterns of 8-bit floats.
+        scales: as they are stored. Under double quantization, codes were chosen by the scales before that, as in QLoRA.
     """
-    k = w.shape[-2]
-    groups = _to_groups(jnp.asarray(w).astype(jnp.float32), spec)
-    scale, zero = _choose(groups, spec)  # (*stack, G, 1, N)
-    codes = _from_groups(encode(_scaled(groups, scale, zero, spec.format), spec.format), k)
-    flat = scale[..., 0, :]  # (*stack, G, N)
-    stored_zero = None if zero is None else zero[..., 0, :].astype(jnp.int8)
-    if spec.double_quant:
-        return codes, dataclasses.replace(_nest(flat, spec), zero=stored_zero)
-    return codes, Scales(flat.astype(spec.scale_dtype), stored_zero)
+    codes, scales, _ = _quantize(jnp.asarray(w), spec=spec)
+    return codes, scales
 
 
 def dequantize(
     codes: Int8[Array, "*stack K N"], scales: Scales, spec: QuantSpec, dtype: Any = jnp.float32
 ) -> Float[Array, "*stack K N"]:
-    """`scale * (code - zero_point)` (or `scale * value[code]`), computed in float32 and cast once to `dtype`."""
-    k = codes.shape[-2]
-    values = _to_groups(decode(codes, spec.format), spec)
-    if scales.zero is not None:
-        values = values - scales.zero.astype(jnp.float32)[..., None, :]
-    values = values * resolve_scales(scales)[..., None, :]
-    return _from_groups(values, k).astype(dtype)
+    """The matrix that codes and scales stand for: computed in float32, rounded once to `dtype`."""
+    return _dequantize(codes, scales, spec=spec, dtype=jnp.dtype(dtype))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def fake_quant(w: Float[Array, "*stack K N"], spec: QuantSpec) -> Float[Array, "*stack K N"]:
-    """`dequantize(quantize(w))` in the dtype of `w`, with a straight-through gradient.
+    """`dequantize(*quantize(w, spec), spec, w.dtype)`, with a straight-through gradient.
 
-    The gradient is that of the identity where the scaled value lies within half a step of the range of codes, and
-    zero where it was clipped; scales count as constants (arXiv 1308.3432; 1712.05877, section 3).
+    The gradient is that of the identity where a value was rounded and exactly zero where it was clipped, that is where
+    it lies more than half a step beyond the last code. Scales count as constants (arXiv 1308.3432).
     """
-    codes, scales = quantize(w, spec)
-    return dequantize(codes, scales, spec, w.dtype)
+    codes, scales, rounded = _quantize(lax.stop_gradient(w), spec=spec)
+    return _straight_through(w, _dequantize(codes, scales, spec=spec, dtype=w.dtype), rounded)
 
 
-@fake_quant.defjvp
-def _fake_quant_jvp(spec: QuantSpec, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    (w,), (tangent,) = primals, tangents
-    codes, scales = quantize(w, spec)
-    groups = _to_groups(w.astype(jnp.float32), spec)
-    zero = None if scales.zero is None else scales.zero.astype(jnp.float32)[..., None, :]
-    t = _scaled(groups, resolve_scales(scales)[..., None, :], zero, spec.format)
-    low, high = spec.format.bounds
-    inside = _from_groups((t >= low) & (t <= high), w.shape[-2])
-    out = dequantize(codes, scales, spec, w.dtype)
-    return out, jnp.where(inside, tangent, jnp.zeros_like(tangent))
+@jax.custom_jvp
+def _straight_through(w: Array, value: Array, rounded: Bool[Array, "*stack K N"]) -> Array:
+    return value
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    out = _straight_through(*primals)
+    return out, jnp.where(primals[2], tangents[0], jnp.zeros_like(out))
 
 
 def check_finite(w: Any, path: str) -> None:
-    """Raises a ValueError that names the parameter if it has NaN or infinite values."""
-    finite = np.asarray(jnp.isfinite(jnp.asarray(w)))
-    if not finite.all():
-        first = tuple(int(i) for i in np.argwhere(~finite)[0])
-        raise ValueError(
-            f"qjax: {path!r} has {finite.size - int(finite.sum())} of {finite.size} values that are NaN or infinite, "
-            f"the first at {first}. Mend the weights, or keep the parameter float with Rule({path!r}, weights=None)."
-        )
+    """Refuses a parameter with NaN or infinite entries, as `quantize`, which may be traced, cannot.
+
+    Raises:
+        ValueError: with the parameter's path, how many entries are not finite, the first of them and what to do.
+    """
+    finite = jnp.isfinite(jnp.asarray(w))
+    if finite.all():
+        return
+    bad = np.argwhere(~np.asarray(finite))
+    first = tuple(int(i) for i in bad[0])
+    raise ValueError(
+        f"qjax: {path!r} has {len(bad)} of {finite.size} entries that are NaN or infinite, the first at "
+        f"{list(first)}: {np.asarray(w)[first]}. No scale fits them. Repair the weights, or keep the parameter in "
+        f"float with Rule({path!r}, weights=None)."
+    )
 
 
 # --- Storage ---------------------------------------------------------------------------------------------------
 
 
 def scales_to_arrays(scales: Scales) -> dict[str, Array]:
-    """The arrays of `scales` that are there, by name."""
-    fields = {f.name: getattr(scales, f.name) for f in dataclasses.fields(Scales)}
-    return {name: a for name, a in fields.items() if a is not None}
+    """The arrays that `scales` consists of, by name."""
+    arrays = {field.name: getattr(scales, field.name) for field in dataclasses.fields(Scales)}
+    return {name: a for name, a in arrays.items() if a is not None}
 
 
 def scales_from_arrays(arrays: dict[str, Any]) -> Scales:
     """The inverse of `scales_to_arrays`."""
     return Scales(**arrays)
-
-
-def scale_count(shape: tuple[int, ...], spec: QuantSpec) -> int:
-    """Number of scales of a matrix `(*stack, K, N)`."""
-    *stack, k, n = shape
-    if isinstance(spec.granularity, PerTensor):
-        return math.prod(stack)
-    return math.prod(stack) * -(-k // _group_size(k, spec)) * n

@@ -1,14 +1,25 @@
-"""Codes to packed words and back.
+"""Codes to words and back: how values of 2 to 8 bits lie in memory.
 
-Sub-byte codes are packed along K into int32 words. Code k of a 4-bit column lies in word k // 8, low bits first, so
-word 0 = code0 | code1 << 4 | ... | code7 << 28: what a bitcast of int32 to int4 gives without shifts on TPU and GPU.
+Formats of 8 bits are stored as they are, one int8 each, `(*stack, K, N)`: every backend reads int8 directly, so
+packing them four to a word would only add an unpack step.
 
-Other widths are split into planes of 4, 2 and 1 bits, lowest bits first (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
-7 = 4 + 2 + 1), and the words of the planes follow each other along the row axis. Example, int3, K = 32: rows 0-1
-hold the low two bits of all 32 codes (16 a word), row 2 their high bit (32 a word): 3 words, exactly 3 bits a code.
-K is padded with code 0 to a multiple of the codes in a word of the narrowest plane.
+Below 8 bits, codes are packed along K into int32 words `(*stack, R, N)`; column n of the words holds column n of
+the matrix. 4-bit codes: word r holds k = 8r .. 8r+7, the lowest k in the lowest nibble, as
+`lax.bitcast_convert_type(word, int4)` reads it. A 2-bit word holds 16 codes. Other widths are split into bit planes
+whose widths are powers of two, widest first, low bits of the code first, and the planes are stacked along the row
+axis:
 
-8-bit codes stay int8 `(K, N)`: they need no unpacking on any backend, and XLA multiplies int8 directly.
+    bits  planes
+    2     2
+    3     2 + 1
+    4     4
+    5     4 + 1
+    6     4 + 2
+    7     4 + 2 + 1
+
+Example: 3-bit codes of K = 40 values. The plane of the low two bits packs 16 values in a word: rows 0-2, with
+k = 0..15, 16..31, 32..39 (the rest zero). The plane of the high bit packs 32 values in a word: rows 3-4. The code
+-3 = 0b101 at k = 17 is 0b01 in bits 2-3 of row 1 and 0b1 in bit 17 of row 3. R = packed_rows(40, int3) = 5.
 """
 
 from __future__ import annotations
@@ -19,72 +30,70 @@ from jaxtyping import Array, Int, Int8
 
 from pallas_kernels.formats import Format
 
-_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+WORD_BITS = 32
 
 
-def _padded(k: int, fmt: Format) -> int:
-    per_word = 32 // min(_PLANES[fmt.bits])
-    return -(-k // per_word) * per_word
+def packed_rows(k: int, format: Format) -> int:
+    """Rows R of the packed words of a matrix with K = `k`."""
+    if format.bits == 8:
+        return k
+    return sum(_plane_rows(k, width) for width in PLANES[format.bits])
 
 
-def packed_rows(k: int, fmt: Format) -> int:
-    """Rows of the packed array for K codes: int32 words, or bytes for 8-bit formats."""
-    return k if fmt.bits == 8 else _padded(k, fmt) * fmt.bits // 32
-
-
-def pack(codes: Int8[Array, "*stack K N"], fmt: Format) -> Int[Array, "*stack R N"]:
-    """Packs codes along K; `unpack` is its exact inverse.
+def pack(codes: Int8[Array, "*stack K N"], format: Format) -> Int[Array, "*stack R N"]:
+    """Packs codes along K: int32 words, or the codes themselves for an 8-bit format.
 
     Args:
-        codes: signed integers, codebook indices or float bit patterns, as `numerics.quantize` gives them.
-        fmt: their format.
-
-    Returns:
-        int32 words, R = `packed_rows(K, fmt)`; the int8 codes themselves for 8-bit formats.
+        codes: what `numerics.quantize` returns; only the low `format.bits` bits of each are stored.
+        format: says how many bits a code has.
     """
-    if fmt.bits == 8:
+    if format.bits == 8:
         return codes
     *stack, k, n = codes.shape
-    size = _padded(k, fmt)
-    padding = [(0, 0)] * len(stack) + [(0, size - k), (0, 0)]
-    bits = jnp.pad(codes, padding).astype(jnp.int32)
-    rows, low = [], 0
-    for width in _PLANES[fmt.bits]:
-        per_word = 32 // width
-        plane = lax.shift_right_logical(bits, low) & ((1 << width) - 1)
-        plane = plane.reshape(*stack, size // per_word, per_word, n)
-        word = jnp.zeros((*stack, size // per_word, n), jnp.int32)
-        for i in range(per_word):
-            word = word | lax.shift_left(plane[..., i, :], i * width)
-        rows.append(word)
-        low += width
-    return jnp.concatenate(rows, axis=-2)
+    planes, shift = [], 0
+    for width in PLANES[format.bits]:
+        per_word, rows = WORD_BITS // width, _plane_rows(k, width)
+        bits = (codes.astype(jnp.int32) >> shift) & (2**width - 1)
+        bits = jnp.pad(bits, [(0, 0)] * len(stack) + [(0, rows * per_word - k), (0, 0)])
+        bits = bits.reshape(*stack, rows, per_word, n)
+        # The fields do not overlap, so their sum is their union; int32 wraps as two's complement.
+        words = jnp.sum(bits << _offsets(bits.shape, width), axis=-2, dtype=jnp.int32)  # (*stack, rows, N)
+        planes.append(words)
+        shift += width
+    return jnp.concatenate(planes, axis=-2)
 
 
-def unpack(words: Int[Array, "*stack R N"], fmt: Format, k: int) -> Int8[Array, "*stack K N"]:
-    """The first `k` codes of packed words, as `pack` took them."""
-    if fmt.bits == 8:
-        return words[..., :k, :]
+def unpack(words: Int[Array, "*stack R N"], format: Format, k: int) -> Int8[Array, "*stack {k} N"]:
+    """The codes that `pack` stored: signed for int formats, `0 .. 2**bits - 1` for codebooks.
+
+    Args:
+        words: packed words, or int8 codes of an 8-bit format.
+        format: says how the words are laid out and whether codes are signed.
+        k: the number of values K, which the words alone do not tell.
+    """
+    if format.bits == 8:
+        return words
     *stack, _, n = words.shape
-    size, start, low = _padded(k, fmt), 0, 0
-    codes: Array | None = None
-    for width in _PLANES[fmt.bits]:
-        per_word = 32 // width
-        rows = size // per_word
-        word = lax.slice_in_dim(words, start, start + rows, axis=-2)[..., :, None, :]
-        # The top plane of an integer carries the sign: shift it up to bit 31 and back down arithmetically.
-        shifts = jnp.arange(per_word, dtype=jnp.int32)[:, None] * width
-        top = low + width == fmt.bits and fmt.kind == "int"
-        up = lax.shift_left(word, jnp.broadcast_to(32 - width - shifts, (*stack, rows, per_word, n)))
-        down = lax.shift_right_arithmetic if top else lax.shift_right_logical
-        plane = down(up, jnp.full(up.shape, 32 - width, jnp.int32)).reshape(*stack, size, n)
-        codes = plane if codes is None else codes | lax.shift_left(plane, jnp.full(plane.shape, low, jnp.int32))
-        start += rows
-        low += width
-    assert codes is not None
-    return codes[..., :k, :].astype(jnp.int8)
+    codes, shift, row = jnp.zeros((*stack, k, n), jnp.int8), 0, 0
+    for width in PLANES[format.bits]:
+        per_word, rows = WORD_BITS // width, _plane_rows(k, width)
+        plane = lax.slice_in_dim(words, row, row + rows, axis=words.ndim - 2)[..., :, None, :]
+        plane = jnp.broadcast_to(plane, (*stack, rows, per_word, n))
+        bits = (plane >> _offsets(plane.shape, width)).astype(jnp.int8) & (2**width - 1)
+        bits = bits.reshape(*stack, rows * per_word, n)
+        codes |= lax.slice_in_dim(bits, 0, k, axis=bits.ndim - 2) << shift
+        shift, row = shift + width, row + rows
+    if format.kind == "int":
+        unused = 8 - format.bits
+        codes = (codes << unused) >> unused
+    return codes
 
 
-def _offsets(shape: tuple[int, ...], width: int) -> Int[Array, "..."]:
+def _plane_rows(k: int, width: int) -> int:
+    return -(-k * width // WORD_BITS)
+
+
+def _offsets(shape: tuple[int, ...], width: int) -> Array:
     """How far each field of `(..., per_word, N)` lies from the lowest bit of its word."""
     return width * lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +109,8 @@ class QTensor:
     A pytree whose leaves are the packed arrays; everything else is static.
     """
 
-    words: Array
-    scales: numerics.Scales
+    words: Any  # arrays, or whatever JAX puts in the leaves of a pytree
+    scales: Any
     spec: QuantSpec
     layout: Layout
     dtype: jnp.dtype
@@ -225,8 +225,8 @@ class FoldedParam:
         shape, dtype: of the float parameter.
     """
 
-    own: Array | QTensor | None
-    derived: dict[str, QTensor]
+    own: Any
+    derived: Any
     shape: tuple[int, ...]
     dtype: jnp.dtype
 

@@ -24,7 +24,17 @@ from jax._src.lax.lax import ragged_dot_general_p
 from jax._src.shard_map import shard_map_p
 from jax.extend.core import JaxprEqn, primitives as prims
 
-__all__ = ["REBUILD", "Body", "Feed", "bind", "bodies", "consts_of", "evaluate", "ragged_dot_general_p"]
+__all__ = [
+    "REBUILD",
+    "Body",
+    "Feed",
+    "bind",
+    "bodies",
+    "consts_of",
+    "evaluate",
+    "ragged_dot_general_p",
+    "shard_map_p",
+]
 
 
 def consts_of(jaxpr: Any) -> tuple[Any, ...]:
@@ -294,9 +304,6 @@ def _rebuild_custom_vjp(
     def fn(*args):
         return run("custom_vjp", list(args))
 
-    def forward(*args):
-        return fn(*args), args
-
     def backward(args, cotangents):
         # Only float operands have a gradient; the packed ones and the integers get none.
         inexact = [i for i, v in enumerate(args) if not is_ref(v) and jnp.issubdtype(v.dtype, jnp.inexact)]
@@ -313,7 +320,7 @@ def _rebuild_custom_vjp(
             out[i] = value
         return tuple(out)
 
-    fn.defvjp(forward, backward)
+    fn.defvjp(lambda *args: (fn(*args), args), backward)
     return fn(*values)
 
 
@@ -321,7 +328,7 @@ def _rebuild_shard_map(
     eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]
 ) -> list[Any]:
     params = eqn.params
-    mesh, specs = params["mesh"], list(params["in_specs"])
+    mesh, specs, values = params["mesh"], list(params["in_specs"]), list(values)
     locals_: list[Callable[[Any], Any]] = []
     for i, value in enumerate(values):
         sharded = value.shard(specs[i], mesh) if is_ref(value) else None
@@ -342,7 +349,7 @@ def _rebuild_shard_map(
         in_specs=tuple(specs),
         out_specs=list(params["out_specs"]),
         check_vma=params["check_vma"],
-        axis_names=set(params["manual_axes"]),
+        axis_names=set(params["newly_manual_axes"]),
     )(*values)
 
 

@@ -453,9 +453,9 @@ def evaluate_fold(fold: Fold, params: Callable[[str], Array]) -> Array:
 
     Differentiable in the parameters; equations run unchanged, so custom gradient rules inside are kept.
     """
-    memo: dict[int, list[Array]] = {}
+    memo: dict[int, list[Any]] = {}
 
-    def value(operand: Viewed | Constant, loops: dict[Address, Any]) -> Array:
+    def value(operand: Viewed | Constant, loops: dict[Address, Any]) -> Any:
         if isinstance(operand, Constant):
             return operand.value
         source = operand.source
@@ -465,13 +465,13 @@ def evaluate_fold(fold: Fold, params: Callable[[str], Array]) -> Array:
         ]
         return base if operand.view.is_identity else operand.view.apply(base, picked)
 
-    def expression(expr: Expr, loops: dict[Address, Any]) -> Array:
+    def expression(expr: Expr, loops: dict[Address, Any]) -> Any:
         key = id(expr.eqn)
         if key not in memo:
             memo[key] = control_flow.bind(expr.eqn, [value(o, loops) for o in expr.operands])
         return memo[key][expr.out]
 
-    def over(remaining: tuple[Address, ...], loops: dict[Address, Any]) -> Array:
+    def over(remaining: tuple[Address, ...], loops: dict[Address, Any]) -> Any:
         if not remaining:
             memo.clear()
             return expression(fold.expr, loops)

@@ -99,14 +99,16 @@ def _run(call: _Call, recipe: Recipe) -> Any:
     program = call.trace()
     sites = find_sites(program)
     plan = make_plan(sites, recipe.rules, strict=False)
-    params = dict(zip(call.paths, call.leaves, strict=True))
+    params = {path: leaf for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None}
 
     values: list[Any] = []
     for path, leaf in zip(call.paths, call.leaves, strict=True):
         if isinstance(leaf, FoldedParam):
             values.append(Absorbed(str(path)) if leaf.own is None else leaf.own)
-        elif path is None or isinstance(leaf, QTensor) or (entry := plan[path]).spec is None:
+        elif isinstance(leaf, QTensor):
             values.append(leaf)
+        elif path is None or (entry := plan[path]).spec is None:
+            values.append(jnp.asarray(leaf))  # NumPy inputs are welcome
         else:
             assert entry.layout is not None
             values.append(fake_quant(jnp.asarray(leaf), entry.spec, entry.layout))
@@ -329,6 +331,10 @@ class QuantizedFunction:
         return call.with_params(_convert(call, self.recipe))[0]
 
 
+def _is_nnx(value: Any) -> bool:
+    return isinstance(value, nnx.Module | nnx.Rngs)
+
+
 class QuantizedNNX(nnx.Module):
     """An NNX module that runs quantized, itself an `nnx.Module`.
 
@@ -341,40 +347,55 @@ class QuantizedNNX(nnx.Module):
         self.model = model
         self.recipe = recipe
 
-    def _call(self, args: tuple, kwargs: dict[str, Any], method: Any) -> tuple[_Call, list[Any]]:
-        """The call, whose results are the method's and the state after it, and (once traced) that state's variables."""
-        graph, flat = nnx.graphdef(self.model), nnx_state(self.model)
-        params = {name for name, _, variable in flat if isinstance(variable, nnx.Param)}
-        after: list[Any] = []
+    def _call(self, args: tuple, kwargs: dict[str, Any], method: Any) -> tuple[_Call, Callable[[Any], None]]:
+        """The call, whose results are the method's and the state after it, and a function that keeps that state.
 
-        def fn(values: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-            state = [(path, variable.replace(values[name])) for name, path, variable in flat]
-            model = nnx.merge(graph, nnx.from_flat_state(state))
-            bound = (
-                getattr(type(model), method) if isinstance(method, str) else method or type(model).__call__
-            )
+        NNX objects among the arguments (`rngs=`) have state too.
+        """
+        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_nnx)
+        objects = [self.model, *(leaf for leaf in leaves if _is_nnx(leaf))]
+        graphs = [nnx.graphdef(o) for o in objects]
+        states = [nnx_state(o) for o in objects]
+        params = {name for name, _, variable in states[0] if isinstance(variable, nnx.Param)}
+        after: list[list[Any]] = []
+
+        def fn(values: Any, inputs: list[Any], others: list[Any]) -> Any:
+            merged = []
+            for graph, state, new in zip(graphs, states, [values, *others], strict=True):
+                flat = [(path, variable.replace(new[name])) for name, path, variable in state]
+                merged.append(nnx.merge(graph, nnx.from_flat_state(flat)))
+            rest, arguments = iter(merged[1:]), iter(inputs)
+            args, kwargs = jax.tree.unflatten(tree, [next(rest if _is_nnx(x) else arguments) for x in leaves])
+            model = merged[0]
+            bound = getattr(type(model), method) if isinstance(method, str) else method or type(model).__call__
             out = bound(model, *args, **kwargs)
-            after[:] = [(path, v) for name, path, v in nnx_state(model) if name not in params]
-            return out, [variable.get_value() for _, variable in after]
+            kept = [[v for v in nnx_state(o) if i > 0 or v[0] not in params] for i, o in enumerate(merged)]
+            after[:] = kept
+            return out, [[variable.get_value() for _, _, variable in state] for state in kept]
 
-        values = {name: variable.get_value() for name, _, variable in flat}
+        first, *others = [{name: variable.get_value() for name, _, variable in state} for state in states]
         call = _Call(
             fn,
-            (values, args, kwargs),
+            (first, [leaf for leaf in leaves if not _is_nnx(leaf)], others),
             is_param=lambda path: path[0].idx == 0 and path[1].key in params,
             name=lambda path: path_name(path[1:]),
         )
-        return call, after
+
+        def keep(values: Any) -> None:
+            for o, state, new in zip(objects, after, values, strict=True):
+                flat = [(path, variable.replace(v)) for (_, path, variable), v in zip(state, new, strict=True)]
+                nnx.update(o, nnx.from_flat_state(flat))
+
+        return call, keep
 
     def __call__(self, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         """Runs the module: fake-quant on float parameters, packed kernels on packed ones.
 
         `method` is another method of the module to run, or its name.
         """
-        call, after = self._call(args, kwargs, method)
+        call, keep = self._call(args, kwargs, method)
         out, values = _run(call, self.recipe)
-        state = [(path, variable.replace(v)) for (path, variable), v in zip(after, values, strict=True)]
-        nnx.update(self.model, nnx.from_flat_state(state))
+        keep(values)
         return out
 
     def plan(self, *args: Any, method: Any = None, **kwargs: Any) -> Plan:
@@ -390,8 +411,8 @@ class QuantizedNNX(nnx.Module):
         return QuantizedNNX(with_nnx_values(self.model, packed), self.recipe)
 
 
-def nnx_state(model: nnx.Module) -> list[tuple[str, tuple[Any, ...], nnx.Variable]]:
-    """Every variable of an NNX module: path name, path, variable; a shared one once."""
+def nnx_state(model: Any) -> list[tuple[str, tuple[Any, ...], nnx.Variable]]:
+    """Every variable of an NNX object: path name, path, variable; a shared one once."""
     flat = nnx.to_flat_state(nnx.state(model))
     return [("/".join(map(str, path)), path, variable) for path, variable in flat]
 

@@ -97,9 +97,9 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(scores.dtype).min), axis=-1)
         context = jnp.einsum("bkgts,bskd->btkgd", weights, value)
         context = context.reshape(batch, length, c.num_heads, c.head_dim)
-        return nn.DenseGeneral(
-            c.d_model, axis=(-2, -1), use_bias=False, kernel_init=_residual_init(c), name="out"
-        )(context)
+        return nn.DenseGeneral(c.d_model, axis=(-2, -1), use_bias=False, kernel_init=_residual_init(c), name="out")(
+            context
+        )
 
 
 class MLP(nn.Module):
@@ -113,9 +113,7 @@ class MLP(nn.Module):
         c = self.config
         gate = nn.Dense(c.mlp_dim, use_bias=False, name="gate")(x)
         up = nn.Dense(c.mlp_dim, use_bias=False, name="up")(x)
-        return nn.Dense(c.d_model, use_bias=False, kernel_init=_residual_init(c), name="down")(
-            nn.silu(gate) * up
-        )
+        return nn.Dense(c.d_model, use_bias=False, kernel_init=_residual_init(c), name="down")(nn.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -249,9 +247,7 @@ def save_weights(path: str | Path, params: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {
-        name: np.asarray(value, dtype=np.float16) for name, value in flatten_dict(params, sep="/").items()
-    }
+    arrays = {name: np.asarray(value, dtype=np.float16) for name, value in flatten_dict(params, sep="/").items()}
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -1,0 +1,124 @@
+"""What qjax reads of JAX that JAX does not promise: each name and parameter, so that a new release fails here first."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.extend.core import primitives as prims
+from jax.sharding import AxisType, PartitionSpec as P
+
+from passes import control_flow
+from passes.control_flow import bodies, consts_of, evaluate
+
+X = jnp.ones((3, 4))
+
+
+def equation(fn, *args):
+    return jax.make_jaxpr(fn)(*args).jaxpr.eqns[-1]
+
+
+@jax.custom_vjp
+def squared(x):
+    return x * x
+
+
+squared.defvjp(lambda x: (x * x, x), lambda x, g: (2 * x * g,))
+
+
+@jax.custom_jvp
+def doubled(x):
+    return 2 * x
+
+
+doubled.defjvp(lambda p, t: (2 * p[0], 2 * t[0]))
+
+MESH = jax.make_mesh((1,), ("a",), axis_types=(AxisType.Auto,))
+
+# primitive name -> (a program whose last equation is it, the parameters that control_flow.py reads)
+HIGHER_ORDER = {
+    "scan": (
+        lambda x: lax.scan(lambda c, r: (c + r.sum(), r), 0.0, x),
+        {"jaxpr", "length", "reverse", "unroll"},
+    ),
+    "while": (
+        lambda x: lax.while_loop(lambda c: c[0].sum() < 9, lambda c: (c[0] + 1, c[1]), (x, x)),
+        {"cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"},
+    ),
+    "cond": (lambda x: lax.cond(x.sum() > 0, lambda x: x, lambda x: -x, x), {"branches"}),
+    "jit": (lambda x: jax.jit(lambda x: x + 1)(x), {"jaxpr", "name", "in_shardings", "out_shardings"}),
+    "remat2": (lambda x: jax.checkpoint(lambda x: x + 1)(x), {"jaxpr", "prevent_cse", "policy"}),
+    "custom_jvp_call": (doubled, {"call_jaxpr"}),
+    "custom_vjp_call": (squared, {"call_jaxpr"}),
+    "shard_map": (
+        lambda x: jax.shard_map(lambda x: x + 1, mesh=MESH, in_specs=P("a"), out_specs=P("a"))(x),
+        {"jaxpr", "mesh", "in_specs", "out_specs", "check_vma", "newly_manual_axes"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HIGHER_ORDER)
+def test_higher_order_parameters(name: str):
+    program, read = HIGHER_ORDER[name]
+    eqn = equation(program, X)
+    if name == "cond" and eqn.primitive.name != "cond":
+        pytest.fail(f"lax.cond traces to {eqn.primitive}")
+    assert read <= set(eqn.params), set(eqn.params)
+    for body in bodies(eqn):
+        assert len(body.feeds) == len(body.jaxpr.invars)
+        assert len(body.results) == len(eqn.outvars)
+    assert bodies(eqn)
+
+
+def test_scan_split():
+    eqn = equation(lambda x, w: lax.scan(lambda c, r: (c + (r * w).sum(), r), 0.0, x), X, jnp.ones(4))
+    assert control_flow._scan_counts(eqn.params) == (1, 1)
+    assert [feed.how for feed in bodies(eqn)[0].feeds] == ["whole", "carried", "scanned"]
+
+
+def test_closed_jaxprs_carry_their_constants():
+    table = jnp.arange(4.0)
+    closed = jax.make_jaxpr(lambda x: x + table)(X)
+    assert len(consts_of(closed)) == len(closed.jaxpr.constvars) == 1
+    assert consts_of(equation(lambda x: jax.checkpoint(lambda x: x + 1)(x), X).params["jaxpr"]) == ()
+    assert jnp.array_equal(evaluate(closed, [X])[0], X + table)
+
+
+SITES = {
+    "dot_general": (lambda x: x @ x.T, {"dimension_numbers", "precision", "preferred_element_type"}),
+    "gather": (
+        lambda x: x[jnp.asarray([0, 2])],
+        {"dimension_numbers", "slice_sizes", "mode", "fill_value"},
+    ),
+    "conv_general_dilated": (
+        lambda x: lax.conv_general_dilated(x[None, None], jnp.ones((1, 1, 2, 2)), (1, 1), "SAME"),
+        {"dimension_numbers"},
+    ),
+    "ragged_dot_general": (
+        lambda x: lax.ragged_dot(x, jnp.ones((2, 4, 5)), jnp.asarray([1, 2])),
+        {"ragged_dot_dimension_numbers"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_site_parameters(name: str):
+    program, read = SITES[name]
+    eqn = equation(program, X)
+    assert eqn.primitive.name == name
+    assert read <= set(eqn.params), set(eqn.params)
+
+
+def test_exported_primitives():
+    assert control_flow.ragged_dot_general_p is equation(SITES["ragged_dot_general"][0], X).primitive
+    for name in ("dot_general_p", "gather_p", "scan_p", "while_p", "cond_p", "jit_p", "remat_p", "custom_vjp_call_p"):
+        assert hasattr(prims, name), name
+
+
+def test_indexing_traces_to_views():
+    """`w[i]` must stay slice/squeeze (static) and dynamic_slice (traced): the view table knows those."""
+    w = jnp.ones((3, 4, 5))
+    assert [e.primitive.name for e in jax.make_jaxpr(lambda w: w[1])(w).jaxpr.eqns] == ["slice", "squeeze"]
+    dynamic = [e.primitive.name for e in jax.make_jaxpr(lambda w, i: w[i])(w, 1).jaxpr.eqns]
+    assert dynamic[-2:] == ["dynamic_slice", "squeeze"]

@@ -1,0 +1,279 @@
+"""Every model of the zoo x {identity, fake-quant, packed} x {eager, jit, grad, vmap, scan}, and its plan as a golden table.
+
+The float model run on dequantized parameters is the reference for both quantized forms: it goes through no pass of
+ours. It cannot serve where a derived matrix is quantized (folds); there fake-quant and packed are compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn, nnx
+from jax import lax
+
+import qjax
+from models import ZOO, ZooInstance
+from pallas_kernels.qtensor import FoldedParam, QTensor, is_packed
+from passes.replay import Ref, replay
+from passes.trace import trace
+from passes.views import View
+
+GOLDEN = Path(__file__).parent / "golden"
+# One pass instead of a search: compile time; groups of 8 so that every matrix has several.
+SPEC = qjax.int4(group=8, scale=qjax.AbsMax())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    """Hundreds of small programs: let XLA leave out its costly optimizations. Other files test with them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+@dataclasses.dataclass
+class Case:
+    """A zoo model as functions of (parameters, array inputs)."""
+
+    instance: ZooInstance
+
+    def __post_init__(self):
+        leaves, self.tree = jax.tree.flatten(self.instance.args, is_leaf=lambda x: isinstance(x, nnx.Rngs))
+        self.rest = [None if _is_array(x) else x for x in leaves]
+        self.inputs = [x for x in leaves if _is_array(x)]
+        self.q = qjax.quantize(self.instance.model, SPEC)
+        if isinstance(self.instance.model, nnx.Module):
+            self.graph, self.params, self.state = nnx.split(self.instance.model, nnx.Param, ...)
+        elif isinstance(self.instance.model, nn.Module):
+            self.params = self.instance.variables["params"]
+        else:
+            self.params = self.instance.variables
+
+    def _args(self, inputs: Any) -> tuple:
+        rest = iter(inputs)
+        # a call changes an Rngs: each gets a copy
+        return jax.tree.unflatten(
+            self.tree, [next(rest) if x is None else jax.tree.map(lambda y: y, x) for x in self.rest]
+        )
+
+    def _run(self, model: Any, apply: Callable[..., Any], params: Any, inputs: Any) -> Any:
+        how = {**self.instance.apply_kwargs, **self.instance.kwargs}
+        if isinstance(self.instance.model, nn.Module):
+            return apply({**self.instance.variables, "params": params}, *self._args(inputs), **how)
+        return apply(params, *self._args(inputs), **how)
+
+    def float(self, params: Any, inputs: Any) -> Any:
+        """The model itself."""
+        if isinstance(self.instance.model, nnx.Module):
+            model = nnx.merge(self.graph, params, self.state, copy=True)
+            how = dict(self.instance.apply_kwargs)
+            method = how.pop("method", "__call__")
+            return getattr(model, method)(*self._args(inputs), **how, **self.instance.kwargs)
+        model = self.instance.model
+        return self._run(model, model.apply if isinstance(model, nn.Module) else model, params, inputs)
+
+    def quantized(self, params: Any, inputs: Any) -> Any:
+        """The wrapped model: fake-quant or packed, as the parameters are."""
+        if isinstance(self.instance.model, nnx.Module):
+            q = qjax.quantize(nnx.merge(self.graph, params, self.state, copy=True), SPEC)
+            return q(*self._args(inputs), **self.instance.apply_kwargs, **self.instance.kwargs)
+        return self._run(self.q, self.q.apply, params, inputs)
+
+    def identity(self, params: Any, inputs: Any) -> Any:
+        """The traced program replayed with every parameter tracked and nothing changed."""
+        leaves, tree = jax.tree.flatten(params)
+        flags, out_tree = [], []
+
+        def fn(*leaves: Any) -> list[Any]:
+            out, structure = jax.tree.flatten(self.float(jax.tree.unflatten(tree, leaves), inputs))
+            out_tree.append(structure)
+            flags.append([hasattr(x, "dtype") for x in out])
+            return [x for x in out if hasattr(x, "dtype")]
+
+        program = trace(fn, leaves, [str(i) for i in range(len(leaves))])
+        refs = [Ref(x, View.identity(x.shape)) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in leaves]
+        return replay(program, refs, rules={})
+
+    def arrays(self, tree: Any) -> list[Any]:
+        return [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def plan(self, recipe: Any = SPEC, **options: Any) -> qjax.Plan:
+        q = qjax.quantize(self.instance.model, recipe, **options)
+        how = {**self.instance.apply_kwargs, **self.instance.kwargs}
+        if isinstance(self.instance.model, nnx.Module):
+            return q.plan(*self.instance.args, **how)
+        return q.plan(self.instance.variables, *self.instance.args, **how)
+
+    def packed(self) -> Any:
+        how = {**self.instance.apply_kwargs, **self.instance.kwargs}
+        if isinstance(self.instance.model, nnx.Module):
+            return nnx.state(self.q.convert(*self.instance.args, **how).model, nnx.Param)
+        out = self.q.convert(self.instance.variables, *self.instance.args, **how)
+        return out["params"] if isinstance(self.instance.model, nn.Module) else out
+
+    def loss(self, tree: Any) -> Any:
+        return self.instance.loss(tree)
+
+
+@pytest.fixture(scope="module", params=list(ZOO))
+def case(request) -> Case:
+    return Case(ZOO[request.param].make())
+
+
+@pytest.fixture(scope="module")
+def packed(case: Case) -> Any:
+    return case.packed()
+
+
+def _dequantized(params: Any) -> Any:
+    return jax.tree.map(lambda x: x.dequantize() if isinstance(x, QTensor) else x, params, is_leaf=is_packed)
+
+
+def _has_folds(params: Any) -> bool:
+    return any(isinstance(x, FoldedParam) for x in jax.tree.leaves(params, is_leaf=is_packed))
+
+
+def assert_close(actual: Any, expected: Any, *, what: str, ulps: float = 64) -> None:
+    """Equal to `ulps` units in the last place of the largest value: products may be added in another order."""
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape, what
+        assert a.dtype == e.dtype, what
+        a64, e64 = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        scale = max(1e-6, float(np.max(np.abs(e64), initial=0.0, where=np.isfinite(e64))))
+        np.testing.assert_allclose(a64, e64, rtol=0, atol=ulps * scale * float(jnp.finfo(a.dtype).eps), err_msg=what)
+
+
+@pytest.fixture(scope="module")
+def run(case: Case) -> Any:
+    """The jitted (reference, fake-quant, packed, float) outputs; compiled once for all tests of a model."""
+
+    @jax.jit
+    def run(params, packed, inputs):
+        reference = None if _has_folds(packed) else case.float(_dequantized(packed), inputs)
+        quantized = [case.arrays(case.quantized(p, inputs)) for p in (params, packed)]
+        return case.arrays(reference), *quantized, case.arrays(case.float(params, inputs))
+
+    return run
+
+
+def test_identity_replay_is_the_model_and_keeps_its_gradients(case: Case):
+    differentiable = case.instance.differentiable
+
+    @jax.jit
+    def run(params, inputs):
+        out = []
+        for fn in (case.float, case.identity):
+            values = lambda p, fn=fn: (case.loss(fn(p, inputs)), case.arrays(fn(p, inputs)))
+            if differentiable:
+                (_, outputs), grads = jax.value_and_grad(values, has_aux=True, allow_int=True)(params)
+                out.append((outputs, case.arrays(grads)))
+            else:
+                out.append((values(params)[1], []))
+        return out
+
+    (expected, expected_grads), (actual, actual_grads) = run(case.params, case.inputs)
+    assert_close(actual, expected, what="identity")
+    assert_close(actual_grads, expected_grads, what="gradient of identity", ulps=256)
+
+
+def test_fake_quant_and_packed_are_the_model_on_dequantized_parameters(case: Case, packed: Any, run: Any):
+    reference, trained, served, floats = run(case.params, packed, case.inputs)
+    assert_close(served, trained, what="packed against fake-quant")
+    if reference:
+        assert_close(trained, reference, what="fake-quant against the model on dequantized parameters")
+    assert any(np.abs(np.asarray(a, np.float64) - b).max() > 1e-3 for a, b in zip(trained, floats, strict=True))
+
+
+def test_gradients_of_fake_quant_and_packed(case: Case, packed: Any):
+    """In the inputs, packed and fake-quant agree; in the parameters, fake-quant has finite ones."""
+    if not case.instance.differentiable:
+        pytest.skip("the model has no gradient")
+    floating = [i for i, x in enumerate(case.inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def loss(params, some, inputs):
+        inputs = [dict(zip(floating, some, strict=True)).get(i, x) for i, x in enumerate(inputs)]
+        return case.loss(case.quantized(params, inputs))
+
+    @jax.jit
+    def grads(params, packed, inputs):
+        some = [jnp.asarray(inputs[i]) for i in floating]
+        wrt_params, trained = jax.grad(loss, (0, 1), allow_int=True)(params, some, inputs)
+        return trained, jax.grad(loss, 1)(packed, some, inputs) if some else [], wrt_params
+
+    trained, served, wrt_params = grads(case.params, packed, case.inputs)
+    assert_close(served, trained, what="gradient in the inputs", ulps=1024)
+    leaves = case.arrays(wrt_params)
+    assert all(bool(jnp.isfinite(g).all()) for g in leaves)
+    assert any(bool((g != 0).any()) for g in leaves)
+
+
+def test_quantized_models_under_vmap_and_scan(case: Case, packed: Any, run: Any):
+    two = [jnp.stack([jnp.asarray(x), jnp.flip(jnp.asarray(x), 0)]) for x in case.inputs]
+    can_vmap = True
+    try:
+        jax.eval_shape(jax.vmap(lambda inputs: case.arrays(case.float(case.params, inputs))), two)
+    except NotImplementedError:  # of the float model itself: jax cannot batch this ragged_dot
+        can_vmap = False
+
+    @jax.jit
+    def many(params, packed, two):
+        out = []
+        for p in (params, packed):
+            fn = lambda inputs, p=p: case.arrays(case.quantized(p, inputs))
+            mapped = jax.vmap(fn)(two) if can_vmap else []
+            out.append((mapped, lax.scan(lambda c, inputs, fn=fn: (c, fn(inputs)), 0, two)[1]))
+        return out
+
+    singles = [run(case.params, packed, [x[i] for x in two])[1:3] for i in range(2)]
+    for form, (mapped, scanned) in enumerate(many(case.params, packed, two)):
+        single = jax.tree.map(lambda *xs: jnp.stack(xs), *(s[form] for s in singles))
+        if can_vmap:
+            assert_close(mapped, single, what="vmap", ulps=256)
+        assert_close(scanned, single, what="scan", ulps=256)
+
+
+@pytest.mark.parametrize("name", ["mlp_linen", "mlp_nnx", "fn_scan_stacked", "fn_cond", "fn_while_carry", "tied_linen"])
+def test_packed_model_runs_eagerly(name: str):
+    case = Case(ZOO[name].make())
+    packed = case.packed()
+    eager, jitted = case.quantized(packed, case.inputs), jax.jit(case.quantized)(packed, case.inputs)
+    assert_close(case.arrays(eager), case.arrays(jitted), what="eager against jit", ulps=256)
+
+
+def test_plan_is_the_golden_table(case: Case, request):
+    name = request.node.callspec.params["case"]
+    text = str(case.plan()) + "\n"
+    file = GOLDEN / f"{name}.txt"
+    if os.environ.get("QJAX_UPDATE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text(), f"the plan of {name} changed; QJAX_UPDATE_GOLDEN=1 pytest rewrites the file"
+
+
+def test_every_matrix_has_a_decision_or_a_reason(case: Case):
+    plan = case.plan()
+    for entry in plan.entries:
+        assert entry.spec is not None or entry.reason, entry.name
+    for path, reason in case.instance.expected_unquantized.items():
+        assert reason in plan[path].reason
+    assert plan.quantized
+
+
+def test_rule_that_matches_nothing_is_an_error_that_names_it(case: Case):
+    rules = [qjax.Rule("no/such/**", SPEC), qjax.Rule("**", SPEC)]
+    with pytest.raises(qjax.PlanError, match=r"no/such/\*\*"):
+        case.plan(rules)
+    case.plan(rules, strict=False)
