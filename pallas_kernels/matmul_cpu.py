@@ -33,10 +33,11 @@ from pallas_kernels.qtensor import Layout, QTensor
 # Values of one block: 2 MiB of float32. Half and twice that are slower or equal at K = N = 4096; a matrix of
 # 2**20 values is about as fast either way.
 BLOCK_VALUES = 2**19
-# Words (or bytes) of a column that one step of the loop without a dot reads. Rows lie a power of two apart and so
-# share one set of an 8-way cache: with 16 rows, int8 takes twice as long.
-_ROWS_IN_REGISTERS = 8
-_MAX_UNROLLED = 128  # codes; what a step unrolls is compile time
+# Codes of a column that one step of the loop without a dot takes, 8 of them for 8-bit formats: rows lie a power of two
+# apart and share one set of an 8-way cache, so that 16 rows of int8 take longer than twice 8. All are unrolled, which
+# is compile time; groups that need more than `_MOST_CODES` in a step go to the other loop.
+_CODES = 32
+_MOST_CODES = 64
 
 
 def matmul(
@@ -194,9 +195,8 @@ def _step_without_dot(x: Array, w: QTensor, casts: tuple[Any, ...], out_dtype: A
         return None
     if any(jnp.finfo(dtype).eps > jnp.finfo(out_dtype).eps for dtype in (w.dtype, *casts)):
         return None
-    codes_in_word = packing.WORD_BITS // w.spec.format.bits if w.spec.format.bits < 8 else 1
-    step = _block_size(w, _ROWS_IN_REGISTERS * codes_in_word)
-    return None if step is None or step > _MAX_UNROLLED else step
+    step = _block_size(w, 8 if w.spec.format.bits == 8 else _CODES)
+    return None if step is None or step > _MOST_CODES else step
 
 
 def _without_dot(x: Float[Array, "1 K"], matrix: _Matrix, step: int) -> Float[Array, "1 N"]:

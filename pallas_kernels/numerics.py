@@ -513,7 +513,9 @@ def _quantize(w: Array, *, spec: QuantSpec) -> tuple[Array, Scales, Array]:
         y = y if zero is None else y + zero
     else:
         y = group.x * _reciprocal(scale)  # as bitsandbytes computes it
-    lowest, highest = spec.format.bounds
+    # Rounding the scale to its dtype may push the extreme value of a group past half a step; that is no clipping.
+    slack = 1 + float(jnp.finfo(spec.scale_dtype).eps)
+    lowest, highest = (slack * bound for bound in spec.format.bounds)
     rounded = (y >= lowest) & (y <= highest)
     values = jnp.squeeze(scale, -2)  # (*stack, G, N)
     scales = _nest(values) if spec.double_quant else Scales(values.astype(spec.scale_dtype))
@@ -570,7 +572,7 @@ def _straight_through(w: Array, value: Array, rounded: Bool[Array, "*stack K N"]
 
 
 @_straight_through.defjvp
-def _straight_through_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+def _straight_through_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     out = _straight_through(*primals)
     return out, jnp.where(primals[2], tangents[0], jnp.zeros_like(out))
 

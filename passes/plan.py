@@ -47,8 +47,9 @@ class Rule:
 
     Attributes:
         pattern: a path with wildcards: `*` within one name, `**` any number of names, as in
-            "layers/*/mlp/**". "**" alone matches everything and takes only what can be quantized; a narrower
-            pattern that matches something that cannot is an error.
+            "layers/*/mlp/**". A pattern that ends in a wildcard sweeps: it takes what can be quantized and the plan
+            says why the rest stays float. One that ends in a name ("**/kernel") means each parameter that it matches:
+            one that cannot be quantized is an error.
         weights: the format of the weight, or None to keep it float.
     """
 
@@ -67,6 +68,11 @@ class Rule:
     def matches(self, path: str) -> bool:
         """Whether the whole path matches."""
         return _pattern(self.pattern).fullmatch(path + "/") is not None
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether the pattern ends in a wildcard: it takes what can be quantized."""
+        return not self.pattern.rpartition("/")[2].strip("*?")
 
     def __str__(self) -> str:
         return f"Rule({self.pattern!r}, weights={self.weights})"
@@ -274,7 +280,7 @@ def make_plan(sites: Sites, rules: Sequence[Rule], *, strict: bool = True) -> Pl
         sites: what `find_sites` found.
         rules: first match wins; a parameter that none matches stays float.
         strict: make an error of a rule that matches nothing, a rule that earlier ones leave nothing, and a
-            parameter that a pattern other than "**" wants quantized but that cannot be.
+            parameter that a rule names (not sweeps) but that cannot be quantized.
 
     Raises:
         PlanError: as `strict` says; also two rules that disagree about the parts of one folded matrix.
@@ -324,7 +330,7 @@ class _Planner:
             return dataclasses.replace(entry, folded_into=into, kept=kept, reason=reason)
         layout, reason = _decide(param.shape, own, uses, self.sites.rank[path])
         if layout is None:
-            if rule and rule.weights and rule.pattern != "**" and not reason.startswith("vector"):
+            if rule and rule.weights and not rule.sweeps and not reason.startswith("vector"):
                 shape = f"{entry.dtype}[{','.join(map(str, entry.shape))}]"
                 self.problems.append(
                     f"{path!r} {shape} is matched by {rule} but cannot be quantized: {reason}. Put "

@@ -430,8 +430,8 @@ def quantize(model: Any, recipe: Any, *, strict: bool = True) -> Any:
         model: a Linen module, an NNX module, or a function `fn(params, *args, **kwargs)`.
         recipe: a name (see `qjax.RECIPES`), a format such as `qjax.int4(group=64)`, or a sequence of
             `qjax.Rule`s, of which the first that matches a parameter wins.
-        strict: raise a `PlanError` for a rule that does nothing and for a parameter that a rule other than "**"
-            wants quantized but that cannot be.
+        strict: raise a `PlanError` for a rule that does nothing, and for a parameter that a rule names (its pattern
+            does not end in a wildcard) but that cannot be quantized.
 
     Returns:
         `QuantizedLinen`, `QuantizedNNX` or `QuantizedFunction`, each with `plan`, `convert` and a call.

@@ -20,6 +20,8 @@ from rich.table import Table
 
 from qjax.model import QuantizedLinen, QuantizedNNX
 
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -140,11 +142,9 @@ def compare(
     total, scores, count = _Total(), [], 0
     for batch in batches:
         leaves, tree = jax.tree.flatten(batch if isinstance(batch, tuple) else (batch,))
-        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray | np.generic)]
+        arrays = [leaf for leaf in leaves if isinstance(leaf, _ARRAYS)]
         # Flags and the like are part of the call, as they are for `apply`; a traced one could not be branched on.
-        static = tuple(
-            (i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array | np.ndarray | np.generic)
-        )
+        static = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, _ARRAYS))
         rows, scored = jax.device_get(measure(float_tree, quantized_tree, arrays, static, tree))
         for whose, nan in (("float", rows.float_nan), ("quantized", rows.quantized_nan)):
             if nan:

@@ -170,6 +170,18 @@ def test_packed_variables_of_another_call_are_refused():
         q.apply(packed, X, flip=True)
 
 
+def test_parameter_handed_back_comes_as_it_went_in():
+    params = {"w": weights(24, 16)}
+    q = qjax.quantize(lambda p, x: (x @ p["w"], jnp.sum(p["w"] ** 2), p["w"]), SPEC)
+    packed = q.convert(params, X)
+    _, penalty, trained = jax.jit(q.apply)(params, X)
+    np.testing.assert_array_equal(trained, params["w"])
+    _, served_penalty, served = jax.jit(q.apply)(packed, X)
+    assert isinstance(served, QTensor)
+    dense = np.asarray(packed["w"].dequantize(), np.float64)
+    np.testing.assert_allclose([penalty, served_penalty], np.sum(dense**2), rtol=1e-5)
+
+
 def test_learned_queries_are_an_input_not_a_weight():
     """queries @ kernel has two parameters: the kernel is quantized, and nothing depends on the batch size."""
     params = {"queries": weights(1, 6, 24), "w": weights(24, 40)}
@@ -233,6 +245,7 @@ REFUSED = {
     "no parameter": ([Rule("haed/**", SPEC)], "haed.*matches no parameter.*Paths look like"),
     "taken by earlier rules": ([Rule("**", SPEC), Rule("head/**", None)], "decides nothing.*Put it before"),
     "only vectors": ([Rule("norm/*", SPEC)], "quantizes nothing"),
+    "only vectors, by name": ([Rule("**/scale", SPEC)], "quantizes nothing"),
     "cannot be quantized": ([Rule("position", SPEC)], "'position'.*reaches 'add'.*Put Rule"),
 }
 
@@ -245,6 +258,21 @@ def test_rules_that_do_nothing_are_errors(variables, what):
     with pytest.raises(qjax.PlanError, match=message):
         qjax.quantize(Model(), rules).convert(variables, X)
     qjax.quantize(Model(), rules, strict=False).plan(variables, X)
+
+
+def test_sweeping_pattern_takes_what_can_be_quantized():
+    """`block/**` over attention: its (heads, dim) biases stay float with a reason; no error."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.MultiHeadDotProductAttention(num_heads=4, name="block")(x)
+
+    x = X[None]
+    variables = Block().init(jax.random.key(0), x)
+    plan = qjax.quantize(Block(), [Rule("block/**", SPEC)]).plan(variables, x)
+    assert "reaches 'add'" in plan["block/query/bias"].reason
+    assert plan["block/query/kernel"].spec == SPEC
 
 
 def test_mistyped_rule_is_an_error_in_training_too(variables):
