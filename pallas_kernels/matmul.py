@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
@@ -111,7 +112,7 @@ def _abstract_eval(x: Any, *leaves: Any, **params: Any) -> Any:
     width = w.layout.k if transpose else w.layout.n
     weight_dtype = params["casts"][-1] if params["casts"] else w.dtype
     dtype = preferred or jnp.promote_types(x.dtype, weight_dtype)
-    return jax.core.ShapedArray((*x.shape[:-1], width), jnp.dtype(dtype))
+    return ShapedArray((*x.shape[:-1], width), jnp.dtype(dtype))
 
 
 def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Any]:
@@ -124,7 +125,7 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Any]:
             )
     out = quantized_matmul_p.bind(*primals, **params)
     if type(tangents[0]) is ad.Zero:
-        return out, ad.Zero.from_primal_value(out)
+        return out, ad.Zero(tangents[0].aval.update(shape=out.shape, dtype=out.dtype))
     return out, quantized_matmul_p.bind(tangents[0], *primals[1:], **params)
 
 

@@ -408,14 +408,18 @@ def _mse_search(group: _Group, spec: QuantSpec) -> _Choice:
     assert isinstance(rule, MseSearch)
     variants = (0.0, 1.0) if spec.zero_point else (1.0, -1.0) if _both_signs(spec) else (1.0,)
     points = rule.points * 2 // len(variants)
-    start = _abs_max(group, spec)
-    found = _search(group, spec, points, variants)
-    fit = _fit(group, found, start.scale, spec.format)
-    again = _Choice(_stored(_coarse(fit.refined_scale), spec), found.zero)
-    best, error = start, _fit(group, start, start.scale, spec.format).error
-    for choice, new_error in ((found, fit.error), (again, _fit(group, again, start.scale, spec.format).error)):
-        wins = new_error < error * _MARGIN
-        best, error = jax.tree.map(functools.partial(jnp.where, wins), (choice, new_error), (best, error))
+    start, found = _abs_max(group, spec), _search(group, spec, points, variants)
+
+    def step(carry: tuple[_Choice, Array, _Choice], i: Array) -> tuple[tuple[_Choice, Array, _Choice], None]:
+        choice, error, best = carry
+        fit = _fit(group, choice, start.scale, spec.format)
+        wins = fit.error < error * _MARGIN
+        refined = _Choice(_stored(_coarse(fit.refined_scale), spec), choice.zero)
+        following = jax.tree.map(functools.partial(jnp.where, i == 0), found, refined)
+        return (following, *jax.tree.map(functools.partial(jnp.where, wins), (fit.error, choice), (error, best))), None
+
+    # AbsMax, then what was found, then that with its scale refined once more
+    (_, _, best), _ = lax.scan(step, (start, jnp.full_like(group.absmax, jnp.inf), start), jnp.arange(3))
     return best
 
 

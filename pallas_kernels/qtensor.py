@@ -61,7 +61,7 @@ class Layout:
         order = [i for role in ROLES for i, (_, r) in enumerate(factors) if r == role]
         return [size for size, _ in factors], order
 
-    def to_matrix(self, w: Float[Array, "..."]) -> Float[Array, "*stack K N"]:
+    def to_matrix(self, w: Float[Array, ...]) -> Float[Array, "*stack K N"]:
         """Rearranges a parameter `(*leading, *self.shape)` to its matrix `(*leading, *stack, K, N)`."""
         lead = w.shape[: w.ndim - len(self.axes)]
         if w.shape[len(lead) :] != self.shape:
@@ -71,7 +71,7 @@ class Layout:
         w = w.transpose(*range(len(lead)), *(len(lead) + i for i in order))
         return w.reshape(*lead, *self.sizes("stack"), self.k, self.n)
 
-    def from_matrix(self, m: Float[Array, "*stack K N"]) -> Float[Array, "..."]:
+    def from_matrix(self, m: Float[Array, "*stack K N"]) -> Float[Array, ...]:
         """The inverse of `to_matrix`."""
         sizes, order = self._order()
         lead = m.shape[: m.ndim - 2 - len(self.sizes("stack"))]
@@ -185,14 +185,12 @@ class QTensor:
 
         return jax.tree.map(pick, (words, scales))
 
-    def dequantize(self) -> Float[Array, "..."]:
+    def dequantize(self) -> Float[Array, ...]:
         """The float parameter that the packed arrays stand for: shape `self.shape`, dtype `self.dtype`."""
         return self.layout.from_matrix(self.matrix())
 
 
-def quantize(
-    w: Float[Array, "..."], spec: QuantSpec, layout: Layout, order: Literal["kn", "nk"] = "kn"
-) -> QTensor:
+def quantize(w: Float[Array, ...], spec: QuantSpec, layout: Layout, order: Literal["kn", "nk"] = "kn") -> QTensor:
     """Packs a float parameter; `quantize(w, spec, layout).dequantize() == fake_quant(w, spec, layout)` bit for bit.
 
     Args:
@@ -209,7 +207,7 @@ def quantize(
     return QTensor(words, scales, spec, layout, jnp.dtype(w.dtype), order)
 
 
-def fake_quant(w: Float[Array, "..."], spec: QuantSpec, layout: Layout) -> Float[Array, "..."]:
+def fake_quant(w: Float[Array, ...], spec: QuantSpec, layout: Layout) -> Float[Array, ...]:
     """What `quantize` would store, as a float parameter of the same shape, with a straight-through gradient."""
     return layout.from_matrix(numerics.fake_quant(layout.to_matrix(w), spec))
 

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.lax.lax import ragged_dot_general_p
 from jax._src.shard_map import shard_map_p
-from jax.extend.core import JaxprEqn, primitives as prims
+from jax.core import eval_jaxpr
+from jax.extend.core import Primitive
+from jax.extend.core import primitives as prims
 
 __all__ = [
     "REBUILD",
@@ -42,7 +44,7 @@ def consts_of(jaxpr: Any) -> tuple[Any, ...]:
     return tuple(getattr(jaxpr, "consts", ()))
 
 
-def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Runs one equation unchanged, with all of its parameters; always a list of results."""
     out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
@@ -91,17 +93,17 @@ def _invariant(jaxpr: Any, first: int, count: int) -> list[bool]:
     return [jaxpr.outvars[i] is jaxpr.invars[first + i] for i in range(count)]
 
 
-def _scan_bodies(eqn: JaxprEqn) -> list[Body]:
+def _scan_bodies(eqn: Any) -> list[Body]:
     jaxpr = eqn.params["jaxpr"]
     n_consts, n_carry = _scan_counts(eqn.params)
     kept = _invariant(jaxpr, n_consts, n_carry)
-    how = ["whole"] * n_consts + ["whole" if k else "carried" for k in kept]
+    how: list[Any] = ["whole"] * n_consts + ["whole" if k else "carried" for k in kept]
     how += ["scanned"] * (len(eqn.invars) - len(how))
     results = [i if k else None for i, k in enumerate(kept)] + [None] * (len(eqn.outvars) - n_carry)
     return [Body("scan", jaxpr, tuple(Feed(i, h) for i, h in enumerate(how)), tuple(results))]
 
 
-def _while_bodies(eqn: JaxprEqn) -> list[Body]:
+def _while_bodies(eqn: Any) -> list[Body]:
     cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     kept = _invariant(body, n_body, len(eqn.outvars))
@@ -113,20 +115,20 @@ def _while_bodies(eqn: JaxprEqn) -> list[Body]:
     ]
 
 
-def _cond_bodies(eqn: JaxprEqn) -> list[Body]:
+def _cond_bodies(eqn: Any) -> list[Body]:
     feeds = _whole(range(1, len(eqn.invars)))
     results = tuple(range(len(eqn.outvars)))
     return [Body(f"branch{i}", branch, feeds, results) for i, branch in enumerate(eqn.params["branches"])]
 
 
-def _call_bodies(name: str, param: str) -> Callable[[JaxprEqn], list[Body]]:
-    def bodies(eqn: JaxprEqn) -> list[Body]:
+def _call_bodies(name: str, param: str) -> Callable[[Any], list[Body]]:
+    def bodies(eqn: Any) -> list[Body]:
         return [Body(name, eqn.params[param], _whole(range(len(eqn.invars))), tuple(range(len(eqn.outvars))))]
 
     return bodies
 
 
-_BODIES: dict[jax.extend.core.Primitive, Callable[[JaxprEqn], list[Body]]] = {
+_BODIES: dict[Primitive, Callable[[Any], list[Body]]] = {
     prims.scan_p: _scan_bodies,
     prims.while_p: _while_bodies,
     prims.cond_p: _cond_bodies,
@@ -139,7 +141,7 @@ _BODIES: dict[jax.extend.core.Primitive, Callable[[JaxprEqn], list[Body]]] = {
 }
 
 
-def bodies(eqn: JaxprEqn) -> list[Body]:
+def bodies(eqn: Any) -> list[Body]:
     """The sub-jaxprs of an equation; empty for a first-order one."""
     find = _BODIES.get(eqn.primitive)
     return find(eqn) if find else []
@@ -156,7 +158,7 @@ def _float(value: Any) -> Any:
     return value.materialize() if hasattr(value, "materialize") else value
 
 
-def _rebuild_scan(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_scan(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
     params = eqn.params
     n_consts, n_carry = _scan_counts(params)
     kept = _invariant(params["jaxpr"], n_consts, n_carry)
@@ -190,7 +192,7 @@ def _rebuild_scan(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[
     return [*carry, *ys]
 
 
-def _rebuild_while(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_while(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
     params = eqn.params
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     kept = _invariant(params["body_jaxpr"], n_body, len(eqn.outvars))
@@ -218,7 +220,7 @@ def _rebuild_while(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[
     return full(lax.while_loop(cond, body, [carry[i] for i in moving]))
 
 
-def _rebuild_cond(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_cond(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
     index, operands = values[0], values[1:]
     plain = [i for i, v in enumerate(operands) if not is_ref(v)]
 
@@ -239,7 +241,7 @@ def _is_specified(sharding: Any) -> bool:
     return isinstance(sharding, jax.sharding.Sharding)
 
 
-def _rebuild_jit(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_jit(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
     params = eqn.params
     values = [
         lax.with_sharding_constraint(v, s) if _is_specified(s) and not is_ref(v) else v
@@ -257,7 +259,7 @@ def _rebuild_jit(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[A
     ]
 
 
-def _rebuild_remat(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_remat(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
     fn = jax.checkpoint(
         lambda *args: run("remat", list(args)),
         prevent_cse=eqn.params["prevent_cse"],
@@ -266,13 +268,11 @@ def _rebuild_remat(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[
     return fn(*values)
 
 
-def _rebuild_call(eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_call(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
     return run("call", values)
 
 
-def _rebuild_custom_jvp(
-    eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]
-) -> list[Any]:
+def _rebuild_custom_jvp(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
     """The rewritten body forward; the user's own rule, on the dequantized parameter, for tangents."""
 
     @jax.custom_jvp
@@ -295,9 +295,7 @@ def _rebuild_custom_jvp(
     return fn(*values)
 
 
-def _rebuild_custom_vjp(
-    eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]
-) -> list[Any]:
+def _rebuild_custom_vjp(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
     """The rewritten body forward; the user's own rule, on the dequantized parameter, backward."""
 
     @jax.custom_vjp
@@ -324,9 +322,7 @@ def _rebuild_custom_vjp(
     return fn(*values)
 
 
-def _rebuild_shard_map(
-    eqn: JaxprEqn, values: list[Any], run: Any, is_ref: Callable[[Any], bool]
-) -> list[Any]:
+def _rebuild_shard_map(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
     params = eqn.params
     mesh, specs, values = params["mesh"], list(params["in_specs"]), list(values)
     locals_: list[Callable[[Any], Any]] = []
@@ -354,7 +350,7 @@ def _rebuild_shard_map(
 
 
 # primitive -> rebuild(eqn, values, run, is_ref) -> results
-REBUILD: dict[jax.extend.core.Primitive, Callable[..., list[Any]]] = {
+REBUILD: dict[Primitive, Callable[..., list[Any]]] = {
     prims.scan_p: _rebuild_scan,
     prims.while_p: _rebuild_while,
     prims.cond_p: _rebuild_cond,
@@ -369,4 +365,4 @@ REBUILD: dict[jax.extend.core.Primitive, Callable[..., list[Any]]] = {
 
 def evaluate(jaxpr: Any, values: Sequence[Any]) -> list[Any]:
     """Runs a closed jaxpr unchanged."""
-    return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *values)
+    return eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *values)

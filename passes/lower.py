@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import JaxprEqn, primitives as prims
+from jax.extend.core import primitives as prims
 from jaxtyping import Array
 
 from pallas_kernels.matmul import quantized_matmul
@@ -53,7 +53,7 @@ def _pick(ref: Ref, batch: list[Atom]) -> tuple[QTensor, Array | int | None] | N
     return q, None
 
 
-def lower_dot(eqn: JaxprEqn, values: list[Any], operand: int) -> list[Any] | None:
+def lower_dot(eqn: Any, values: list[Any], operand: int) -> list[Any] | None:
     """`dot_general` with a packed operand on either side, any contracted, batch and free axes."""
     ref, x = values[operand], values[1 - operand]
     params = eqn.params
@@ -104,7 +104,7 @@ def lower_dot(eqn: JaxprEqn, values: list[Any], operand: int) -> list[Any] | Non
     return [out.reshape(eqn.outvars[0].aval.shape)]
 
 
-def lower_take(eqn: JaxprEqn, values: list[Any], operand: int) -> list[Any] | None:
+def lower_take(eqn: Any, values: list[Any], operand: int) -> list[Any] | None:
     """A `gather` of whole rows of a packed table, with its rule for indices out of range."""
     ref, indices = values[0], values[1]
     view, q, axis = ref.view, ref.base, take_axis(eqn)

@@ -34,9 +34,7 @@ def _pattern(glob: str) -> re.Pattern[str]:
     parts = []
     for segment in glob.split("/"):
         parts.append(
-            "(?:[^/]+/)*"
-            if segment == "**"
-            else fnmatch.translate(segment)[4:-3].replace(".*", "[^/]*") + "/"
+            "(?:[^/]+/)*" if segment == "**" else fnmatch.translate(segment)[4:-3].replace(".*", "[^/]*") + "/"
         )
     return re.compile("".join(parts))
 
@@ -214,9 +212,7 @@ class Plan:
             bits = f"{8 * e.stored_bytes / e.size:.2f}" if e.size else "-"
             fmt = str(e.spec) if e.spec else "folded" if e.folded_into else "float"
             source_bytes = "" if e.sources else _bytes(e.float_bytes)
-            table.add_row(
-                e.name, shape, " ".join(e.ops), fmt, source_bytes, _bytes(e.stored_bytes), bits, e.reason
-            )
+            table.add_row(e.name, shape, " ".join(e.ops), fmt, source_bytes, _bytes(e.stored_bytes), bits, e.reason)
         return table
 
     def __str__(self) -> str:
@@ -230,12 +226,11 @@ class Plan:
     __repr__ = __str__
 
 
-def _bytes(n: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 10_000 or unit == "MB":
-            return f"{n:,.0f} {unit}" if n >= 100 or unit == "B" else f"{n:.1f} {unit}"
-        n = n / 1000
-    raise AssertionError
+def _bytes(n: float) -> str:
+    units = ["B", "kB", "MB"]
+    while n >= 10_000 and len(units) > 1:
+        n, units = n / 1000, units[1:]
+    return f"{n:,.0f} {units[0]}" if n >= 100 or units[0] == "B" else f"{n:.1f} {units[0]}"
 
 
 def _uses(uses: Sequence[str]) -> str:
@@ -248,9 +243,7 @@ def _primary(sites: list[Site]) -> Site:
     return next((s for s in usable if s.op != "take"), (usable or sites)[0])
 
 
-def _decide(
-    shape: tuple[int, ...], sites: list[Site], uses: list[str], rank: int
-) -> tuple[Layout | None, str]:
+def _decide(shape: tuple[int, ...], sites: list[Site], uses: list[str], rank: int) -> tuple[Layout | None, str]:
     """The layout in which a value can be packed and what to say of it, or None and why it cannot."""
     if math.prod(shape) == 0:
         return None, "has no values"
@@ -292,9 +285,7 @@ def make_plan(sites: Sites, rules: Sequence[Rule], *, strict: bool = True) -> Pl
     if problems and strict:
         head = "qjax: the recipe does not fit the model (strict=True):"
         raise PlanError("\n  - ".join([head, *problems]))
-    unweighted = tuple(
-        (f"{u.op} {' x '.join(str(list(s)) for s in u.shapes)}", u.reason) for u in sites.unweighted
-    )
+    unweighted = tuple((f"{u.op} {' x '.join(str(list(s)) for s in u.shapes)}", u.reason) for u in sites.unweighted)
     return Plan((*entries, *folds), unweighted)
 
 
@@ -320,9 +311,7 @@ class _Planner:
         if index is not None:
             self.decided[index] += 1
         own = self.by_source.get(path, [])
-        entry = Entry(
-            path, param.shape, jnp.dtype(param.dtype).name, None, ops=tuple(site.op for site in own)
-        )
+        entry = Entry(path, param.shape, jnp.dtype(param.dtype).name, None, ops=tuple(site.op for site in own))
         if folds and not own:
             into = tuple(f.name for f in folds if f.spec is not None)
             reason = "part of " + ", ".join(f.name for f in folds) + (f"; also {_uses(uses)}" if uses else "")
@@ -347,9 +336,7 @@ class _Planner:
     def fold(self, fold: Fold) -> Entry:
         parts = fold.expr.params
         weights = [path for path in parts if len(self.sites.params[path].shape) >= 2] or parts
-        matched = sorted(
-            {self.rule(path) for path in weights}, key=str
-        )  # of the kernels, not of their scales
+        matched = sorted({self.rule(path) for path in weights}, key=str)  # of the kernels, not of their scales
         specs = {self.rules[i].weights if i is not None else None for i in matched}
         own = self.by_source[fold.name]
         ops = tuple(site.op for site in own)

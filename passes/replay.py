@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import JaxprEqn, Literal as JaxprLiteral, primitives as prims
+from jax.extend.core import Literal as JaxprLiteral
+from jax.extend.core import primitives as prims
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
@@ -40,10 +41,12 @@ class Ref:
     indices: Any = ()
 
     def tree_flatten(self):
+        """Packed arrays and indices as leaves, the view static."""
         return (self.base, self.indices), self.view
 
     @classmethod
     def tree_unflatten(cls, view, children):
+        """Rebuilds from `tree_flatten`."""
         return cls(children[0], view, children[1])
 
     def materialize(self) -> Array:
@@ -82,9 +85,7 @@ class Ref:
         for name in jax.tree.leaves(names[inner[0]]) if inner else ():
             shards *= mesh.shape[name]
         axis = inner[0] - lead if inner else -1
-        local = Layout(
-            tuple(((a[0][0] // shards, "n"),) if i == axis else a for i, a in enumerate(layout.axes))
-        )
+        local = Layout(tuple(((a[0][0] // shards, "n"),) if i == axis else a for i, a in enumerate(layout.axes)))
         column = names[inner[0]] if inner else None
 
         def array_spec(a: Any) -> PartitionSpec:
@@ -109,15 +110,19 @@ class Absorbed:
     path: str
 
     def materialize(self) -> Absorbed:
+        """Itself: it has no value."""
         return self
 
     def can_index(self, axis: int) -> bool:
+        """Always."""
         return True
 
     def index(self, axis: int, value: Any) -> Absorbed:
+        """Itself."""
         return self
 
     def shard(self, spec: PartitionSpec, mesh: Mesh) -> tuple[Absorbed, Callable[[Any], Any]]:
+        """Itself, in every shard."""
         return self, lambda value: value
 
 
@@ -128,7 +133,7 @@ def is_ref(value: Any) -> bool:
 
 # rule(eqn, values, operand) -> results, or None to have the Ref dequantized and the equation bound as it is;
 # `operand` is the number of the operand that is a Ref
-Rule = Callable[[JaxprEqn, list[Any], int], list[Any] | None]
+Rule = Callable[[Any, list[Any], int], list[Any] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +183,7 @@ class _Replayer:
                     env.pop(v, None)  # eager replay holds no more memory than the program itself
         return [read(v) for v in jaxpr.outvars]
 
-    def equation(self, eqn: JaxprEqn, values: list[Any], address: Address) -> list[Any]:
+    def equation(self, eqn: Any, values: list[Any], address: Address) -> list[Any]:
         absorbed = next((v for v in values if isinstance(v, Absorbed)), None)
         inner = control_flow.bodies(eqn)
         touched = any(is_ref(v) for v in values) or any((*address, b.name) in self.prefixes for b in inner)
@@ -197,9 +202,7 @@ class _Replayer:
             results[fold.out] = self.fold_value(fold)
         return results
 
-    def descend(
-        self, eqn: JaxprEqn, inner: list[control_flow.Body], values: list[Any], address: Address
-    ) -> list[Any]:
+    def descend(self, eqn: Any, inner: list[control_flow.Body], values: list[Any], address: Address) -> list[Any]:
         jaxprs = {body.name: body.jaxpr for body in inner}
         # The packed primitives do not say over which mesh axes they vary, which shard_map checks: inside one, each
         # shard dequantizes its part of the packed weight and the program's own equations run.
@@ -217,7 +220,7 @@ class _Replayer:
 
         return control_flow.REBUILD[eqn.primitive](eqn, values, run, is_ref)
 
-    def refs(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+    def refs(self, eqn: Any, values: list[Any]) -> list[Any]:
         first = values[0]
         if isinstance(first, Ref) and (step := views.step(eqn, first.view, values[1:])):
             view, picked = step
@@ -225,9 +228,7 @@ class _Replayer:
         rule = self.rules.get(eqn.primitive)
         operand = next(i for i, v in enumerate(values) if isinstance(v, Ref))
         if rule is not None:
-            rest = [
-                v.materialize() if isinstance(v, Ref) and i != operand else v for i, v in enumerate(values)
-            ]
+            rest = [v.materialize() if isinstance(v, Ref) and i != operand else v for i, v in enumerate(values)]
             if (results := rule(eqn, rest, operand)) is not None:
                 return results
         return control_flow.bind(eqn, [v.materialize() if isinstance(v, Ref) else v for v in values])

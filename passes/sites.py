@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn, Literal as JaxprLiteral, primitives as prims
+from jax.extend.core import Literal as JaxprLiteral
+from jax.extend.core import Primitive
+from jax.extend.core import primitives as prims
 from jaxtyping import Array
 
 from pallas_kernels.qtensor import Layout, Role
@@ -55,7 +56,7 @@ class Constant:
 class Expr:
     """Result `out` of `eqn` on operands that are all known: a parameter-only expression."""
 
-    eqn: JaxprEqn
+    eqn: Any
     operands: tuple[Viewed | Constant, ...]
     out: int
     address: Address
@@ -65,10 +66,12 @@ class Expr:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
         return tuple(self.eqn.outvars[self.out].aval.shape)
 
     @property
     def dtype(self) -> Any:
+        """Dtype of the result."""
         return self.eqn.outvars[self.out].aval.dtype
 
 
@@ -81,6 +84,7 @@ class Viewed:
 
     @property
     def params(self) -> tuple[str, ...]:
+        """Paths of the parameters that it reads."""
         return (self.source.path,) if isinstance(self.source, Param) else self.source.params
 
 
@@ -99,10 +103,12 @@ class Fold:
 
     @property
     def address(self) -> Address:
+        """The equation that computes it."""
         return self.expr.address
 
     @property
     def what(self) -> str:
+        """The operation that computes it."""
         return self.expr.eqn.primitive.name
 
 
@@ -162,20 +168,20 @@ class Sites:
 # --- What each site primitive does with the axes of its weight ---------------------------------------------------
 
 
-def _dot_roles(eqn: JaxprEqn, operand: int) -> tuple[Role, ...]:
+def _dot_roles(eqn: Any, operand: int) -> tuple[Role, ...]:
     contract, batch = (dims[operand] for dims in eqn.params["dimension_numbers"])
     ndim = len(eqn.invars[operand].aval.shape)
     return tuple("stack" if i in batch else "k" if i in contract else "n" for i in range(ndim))
 
 
-def _conv_roles(eqn: JaxprEqn, operand: int) -> tuple[Role, ...] | None:
+def _conv_roles(eqn: Any, operand: int) -> tuple[Role, ...] | None:
     if operand != 1:
         return None
     out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
     return tuple("n" if i == out_axis else "k" for i in range(len(eqn.invars[1].aval.shape)))
 
 
-def take_axis(eqn: JaxprEqn) -> int | None:
+def take_axis(eqn: Any) -> int | None:
     """The axis along which a gather picks whole rows, or None for any other gather."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     shape = eqn.invars[0].aval.shape
@@ -186,26 +192,24 @@ def take_axis(eqn: JaxprEqn) -> int | None:
     return axis if rows and tuple(numbers.collapsed_slice_dims) == (axis,) else None
 
 
-def _take_roles(eqn: JaxprEqn, operand: int) -> tuple[Role, ...] | None:
+def _take_roles(eqn: Any, operand: int) -> tuple[Role, ...] | None:
     axis = take_axis(eqn)
     if operand != 0 or axis is None or len(eqn.invars[0].aval.shape) < 2:
         return None
     return tuple("n" if i == axis else "k" for i in range(len(eqn.invars[0].aval.shape)))
 
 
-def _ragged_roles(eqn: JaxprEqn, operand: int) -> tuple[Role, ...] | None:
+def _ragged_roles(eqn: Any, operand: int) -> tuple[Role, ...] | None:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     if operand != 1 or not numbers.rhs_group_dimensions:
         return None
     (_, contract), (_, batch) = numbers.dot_dimension_numbers
     stack = {*batch, *numbers.rhs_group_dimensions}
-    return tuple(
-        "stack" if i in stack else "k" if i in contract else "n" for i in range(len(eqn.invars[1].aval.shape))
-    )
+    return tuple("stack" if i in stack else "k" if i in contract else "n" for i in range(len(eqn.invars[1].aval.shape)))
 
 
 # primitive -> (name of the operation, its operands that may be the weight, roles(eqn, operand))
-SITES: dict[jax.extend.core.Primitive, tuple[Op, tuple[int, ...], Callable[..., tuple[Role, ...] | None]]] = {
+SITES: dict[Primitive, tuple[Op, tuple[int, ...], Callable[..., tuple[Role, ...] | None]]] = {
     prims.dot_general_p: ("dot", (0, 1), _dot_roles),
     prims.conv_general_dilated_p: ("conv", (1,), _conv_roles),
     prims.gather_p: ("take", (0,), _take_roles),
@@ -254,7 +258,7 @@ class _Finder:
             env.update(zip(eqn.outvars, self.equation(eqn, operands, (*address, i)), strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def equation(self, eqn: JaxprEqn, operands: list[Any], address: Address) -> list[Any]:
+    def equation(self, eqn: Any, operands: list[Any], address: Address) -> list[Any]:
         known = all(o is not None for o in operands) and not eqn.effects
         inner = control_flow.bodies(eqn)
         if inner and (not known or eqn.primitive in _DESCEND_ALWAYS):
@@ -273,7 +277,7 @@ class _Finder:
                 self.use(operand, f"'{eqn.primitive.name}'")
         return [None] * len(eqn.outvars)
 
-    def expressions(self, eqn: JaxprEqn, operands: list[Any], address: Address) -> list[Any] | None:
+    def expressions(self, eqn: Any, operands: list[Any], address: Address) -> list[Any] | None:
         if eqn.primitive in SITES and any(isinstance(o, Viewed) and o.params for o in operands):
             return None  # learned queries times a kernel: the kernel is a weight, the queries are its input
         params: dict[str, None] = {}
@@ -298,9 +302,7 @@ class _Finder:
         ]
         return [Viewed(expr, View.identity(expr.shape)) for expr in exprs]
 
-    def descend(
-        self, eqn: JaxprEqn, inner: list[control_flow.Body], operands: list[Any], address: Address
-    ) -> list[Any]:
+    def descend(self, eqn: Any, inner: list[control_flow.Body], operands: list[Any], address: Address) -> list[Any]:
         results: list[list[Any]] = []
         for body in inner:
             here = (*address, body.name)
@@ -335,14 +337,14 @@ class _Finder:
             merged.append(values[0] if same else None)
         return merged
 
-    def localize(self, value: Viewed, shape: tuple[int, ...], eqn: JaxprEqn) -> Viewed | None:
+    def localize(self, value: Viewed, shape: tuple[int, ...], eqn: Any) -> Viewed | None:
         """The view of one shard; its layout is read off with the sizes of the shard and scaled back."""
         if not value.view.is_identity or not isinstance(value.source, Param):
             self.use(value, f"'{eqn.primitive.name}'")
             return None
         return Viewed(value.source, View.identity(shape))
 
-    def site(self, eqn: JaxprEqn, operands: list[Any], address: Address) -> None:
+    def site(self, eqn: Any, operands: list[Any], address: Address) -> None:
         op, candidates, find_roles = SITES[eqn.primitive]
         weights = [
             i
@@ -401,13 +403,13 @@ def _common_name(paths: Sequence[str]) -> str:
     """'cell/{ii,if}/kernel' for 'cell/ii/kernel' and 'cell/if/kernel'."""
     if len(paths) == 1:
         return paths[0]
-    prefix = os.path.commonprefix(paths).rpartition("/")[0]
-    prefix = prefix + "/" if prefix else ""
-    rests = [p[len(prefix) :] for p in paths]
-    suffix = os.path.commonprefix([r[::-1] for r in rests])[::-1]
-    suffix = "/" + suffix.partition("/")[2] if "/" in suffix else ""
-    middle = ",".join(r[: len(r) - len(suffix)] for r in rests)
-    return f"{prefix}{{{middle}}}{suffix}"
+    split = [path.split("/") for path in paths]
+    shortest = min(map(len, split)) - 1  # at least one name of each path stays between the braces
+    same = [len({tuple(names[:i]) for names in split}) == 1 for i in range(shortest + 1)]
+    head = max(i for i in range(shortest + 1) if same[i])
+    tail = max(i for i in range(shortest - head + 1) if len({tuple(names[len(names) - i :]) for names in split}) == 1)
+    middle = "{" + ",".join("/".join(names[head : len(names) - tail]) for names in split) + "}"
+    return "/".join([*split[0][:head], middle, *split[0][len(split[0]) - tail :]])
 
 
 def _under_loops(view: View, fold: Fold) -> View:
@@ -460,9 +462,7 @@ def evaluate_fold(fold: Fold, params: Callable[[str], Array]) -> Array:
             return operand.value
         source = operand.source
         base = params(source.path) if isinstance(source, Param) else expression(source, loops)
-        picked = [
-            loops[key[1]] if key[0] == "loop" else key[1] for key in (i.key for i in operand.view.indexed)
-        ]
+        picked = [loops[key[1]] if key[0] == "loop" else key[1] for key in (i.key for i in operand.view.indexed)]
         return base if operand.view.is_identity else operand.view.apply(base, picked)
 
     def expression(expr: Expr, loops: dict[Address, Any]) -> Any:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import JaxprEqn, primitives as prims
+from jax.extend.core import Primitive
+from jax.extend.core import primitives as prims
 from jaxtyping import Array
 
 from pallas_kernels.qtensor import Layout, Role
@@ -60,7 +60,7 @@ class Index:
     """An axis that was taken away by picking one element: `key` says by what (a loop, a constant, a value)."""
 
     atom: Atom
-    key: Hashable
+    key: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ class View:
         """The view in another dtype."""
         return dataclasses.replace(self, casts=(*self.casts, jnp.dtype(dtype)))
 
-    def index(self, axis: int, key: Hashable, *, keep: bool = False) -> View | None:
+    def index(self, axis: int, key: Any, *, keep: bool = False) -> View | None:
         """One element of `axis`, which goes away (or stays with size 1); None if it mixes parameter axes."""
         atoms = self.axes[axis]
         if len(atoms) > 1:
@@ -141,7 +141,8 @@ class View:
         Leading axes that are stack as a whole are left out of the layout. None where a parameter axis was cut
         into factors in another order than it holds them.
         """
-        found: list[tuple[Atom, Role]] = [(index.atom, "stack") for index in self.indexed]
+        stack: Role = "stack"
+        found = [(index.atom, stack) for index in self.indexed]
         found += [(atom, role) for axis, role in zip(self.axes, roles, strict=True) for atom in axis]
         axes = []
         for i, size in enumerate(self.base):
@@ -170,36 +171,27 @@ class View:
         atoms = [index.atom for index in self.indexed] + [atom for axis in self.axes for atom in axis]
         order = sorted(range(len(atoms)), key=lambda i: (atoms[i].axis, -atoms[i].inner))
         w = w.reshape([atoms[i].size for i in order])  # every atom an axis, in the parameter's order
-        w = w.transpose(
-            sorted(range(len(order)), key=order.__getitem__)
-        )  # indexed atoms first, then the axes
+        w = w.transpose(sorted(range(len(order)), key=order.__getitem__))  # indexed atoms first, then the axes
         for index in indices:
             w = lax.dynamic_index_in_dim(w, index, 0, keepdims=False)
         return w.reshape(self.shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """What a view primitive may ask about its other operands: their static value, if they have one."""
-
-    value: Any  # int when it is known while tracing, else the traced value (or a stand-in for it)
-
-
-def _transpose(eqn: JaxprEqn, view: View, _: Sequence[Any]):
+def _transpose(eqn: Any, view: View, _: Sequence[Any]):
     return view.transpose(eqn.params["permutation"]), ()
 
 
-def _reshape(eqn: JaxprEqn, view: View, _: Sequence[Any]):
+def _reshape(eqn: Any, view: View, _: Sequence[Any]):
     return None if eqn.params.get("dimensions") else (view.reshape(eqn.params["new_sizes"]), ())
 
 
-def _squeeze(eqn: JaxprEqn, view: View, _: Sequence[Any]):
+def _squeeze(eqn: Any, view: View, _: Sequence[Any]):
     gone = {d % len(view.axes) for d in eqn.params["dimensions"]}
     kept = tuple(axis for i, axis in enumerate(view.axes) if i not in gone)
     return dataclasses.replace(view, axes=kept), ()
 
 
-def _broadcast_in_dim(eqn: JaxprEqn, view: View, _: Sequence[Any]):
+def _broadcast_in_dim(eqn: Any, view: View, _: Sequence[Any]):
     """A view only where it adds axes of size 1."""
     shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     if math.prod(shape) != math.prod(view.shape):
@@ -210,12 +202,12 @@ def _broadcast_in_dim(eqn: JaxprEqn, view: View, _: Sequence[Any]):
     return dataclasses.replace(view, axes=tuple(axes)), ()
 
 
-def _convert_element_type(eqn: JaxprEqn, view: View, _: Sequence[Any]):
+def _convert_element_type(eqn: Any, view: View, _: Sequence[Any]):
     dtype = eqn.params["new_dtype"]
     return (view.cast(dtype), ()) if jnp.issubdtype(dtype, jnp.floating) else None
 
 
-def _slice(eqn: JaxprEqn, view: View, _: Sequence[Any]):
+def _slice(eqn: Any, view: View, _: Sequence[Any]):
     """A view where each axis is taken whole or is one element of a parameter axis."""
     params = eqn.params
     strides = params["strides"] or (1,) * len(view.axes)
@@ -232,7 +224,7 @@ def _slice(eqn: JaxprEqn, view: View, _: Sequence[Any]):
     return view, tuple(picked)
 
 
-def _dynamic_slice(eqn: JaxprEqn, view: View, others: Sequence[Any]):
+def _dynamic_slice(eqn: Any, view: View, others: Sequence[Any]):
     """As `_slice`, with start values that are known only when the program runs."""
     picked = []
     for axis, (size, start) in enumerate(zip(eqn.params["slice_sizes"], others, strict=True)):
@@ -246,12 +238,12 @@ def _dynamic_slice(eqn: JaxprEqn, view: View, others: Sequence[Any]):
     return view, tuple(picked)
 
 
-def _same(eqn: JaxprEqn, view: View, _: Sequence[Any]):
+def _same(eqn: Any, view: View, _: Sequence[Any]):
     return view, ()
 
 
 # primitive -> rule(eqn, view, other operands) -> (view, picked index values) or None where it is no view
-VIEWS: dict[jax.extend.core.Primitive, Callable[..., tuple[View | None, tuple] | None]] = {
+VIEWS: dict[Primitive, Callable[..., tuple[View | None, tuple] | None]] = {
     prims.transpose_p: _transpose,
     prims.reshape_p: _reshape,
     prims.squeeze_p: _squeeze,
@@ -264,7 +256,7 @@ VIEWS: dict[jax.extend.core.Primitive, Callable[..., tuple[View | None, tuple] |
 }
 
 
-def step(eqn: JaxprEqn, view: View, others: Sequence[Any]) -> tuple[View, tuple] | None:
+def step(eqn: Any, view: View, others: Sequence[Any]) -> tuple[View, tuple] | None:
     """The view after `eqn`, and the index values that it picked; None where `eqn` is no view primitive.
 
     Args:
@@ -275,12 +267,9 @@ def step(eqn: JaxprEqn, view: View, others: Sequence[Any]) -> tuple[View, tuple]
     rule = VIEWS.get(eqn.primitive)
     if rule is None:
         return None
-    result = rule(eqn, view, others)
-    if result is None or result[0] is None:
+    following, picked = rule(eqn, view, others) or (None, ())
+    if following is None:
         return None
-    following, picked = result
-    if following.shape != tuple(eqn.outvars[0].aval.shape):
-        raise AssertionError(
-            f"view of {eqn.primitive} gives {following.shape}, the program {eqn.outvars[0].aval}"
-        )
+    out: Any = eqn.outvars[0].aval
+    assert following.shape == tuple(out.shape), f"view of {eqn.primitive} is {following.shape}, not {out}"
     return following, picked

@@ -2,35 +2,88 @@
 
 from pallas_kernels.formats import (
     FORMATS as FORMATS,
+)
+from pallas_kernels.formats import (
     AbsMax as AbsMax,
+)
+from pallas_kernels.formats import (
     MseSearch as MseSearch,
+)
+from pallas_kernels.formats import (
     PerChannel as PerChannel,
+)
+from pallas_kernels.formats import (
     PerGroup as PerGroup,
+)
+from pallas_kernels.formats import (
     PerTensor as PerTensor,
+)
+from pallas_kernels.formats import (
     QuantSpec as QuantSpec,
+)
+from pallas_kernels.formats import (
+    QuickSearch as QuickSearch,
+)
+from pallas_kernels.formats import (
     SignedMax as SignedMax,
 )
 from pallas_kernels.qtensor import QTensor as QTensor
-from passes.plan import Plan as Plan, PlanError as PlanError, Rule as Rule
-from qjax.checkpoint import CheckpointError as CheckpointError, restore as restore, save as save
+from passes.plan import Plan as Plan
+from passes.plan import PlanError as PlanError
+from passes.plan import Rule as Rule
+from qjax.checkpoint import CheckpointError as CheckpointError
+from qjax.checkpoint import restore as restore
+from qjax.checkpoint import save as save
 from qjax.model import (
     QuantizedFunction as QuantizedFunction,
+)
+from qjax.model import (
     QuantizedLinen as QuantizedLinen,
+)
+from qjax.model import (
     QuantizedNNX as QuantizedNNX,
+)
+from qjax.model import (
     quantize as quantize,
 )
 from qjax.recipes import (
     RECIPES as RECIPES,
+)
+from qjax.recipes import (
     Recipe as Recipe,
+)
+from qjax.recipes import (
     fp4_e2m1 as fp4_e2m1,
+)
+from qjax.recipes import (
     fp8_e4m3 as fp8_e4m3,
+)
+from qjax.recipes import (
     fp8_e5m2 as fp8_e5m2,
+)
+from qjax.recipes import (
     int2 as int2,
+)
+from qjax.recipes import (
     int3 as int3,
+)
+from qjax.recipes import (
     int4 as int4,
+)
+from qjax.recipes import (
     int5 as int5,
+)
+from qjax.recipes import (
     int6 as int6,
+)
+from qjax.recipes import (
     int7 as int7,
+)
+from qjax.recipes import (
     int8 as int8,
+)
+from qjax.recipes import (
     nf4 as nf4,
 )
+from qjax.report import Comparison as Comparison
+from qjax.report import compare as compare

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.core import meta
-from jax.tree_util import DictKey, GetAttrKey, SequenceKey
+from jax.tree_util import DictKey, SequenceKey
 
 from pallas_kernels import numerics
 from pallas_kernels.formats import QuantSpec
@@ -235,9 +235,7 @@ def save(path: str | os.PathLike[str], q: Any, variables: Any = None, *, overwri
         with _checkpointer() as checkpointer:
             checkpointer.save(temporary / "arrays", args=ocp.args.PyTreeSave(tree))
         text = json.dumps(manifest, indent=1)
-        (temporary / "manifest.json").write_text(
-            json.dumps({"crc32": zlib.crc32(text.encode()), "manifest": text})
-        )
+        (temporary / "manifest.json").write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "manifest": text}))
         temporary.chmod(0o755)
         if target.exists():  # two renames: at no time is a half-written checkpoint at `path`
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
@@ -299,13 +297,9 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
         intact = zlib.crc32(text.encode()) == envelope["crc32"]
         manifest = json.loads(text) if intact else {}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"qjax: {file} is damaged or foreign ({error!r}); save the model again."
-        ) from None
+        raise CheckpointError(f"qjax: {file} is damaged or foreign ({error!r}); save the model again.") from None
     if not intact:
-        raise CheckpointError(
-            f"qjax: {file} was changed after it was written (checksum); save the model again."
-        )
+        raise CheckpointError(f"qjax: {file} was changed after it was written (checksum); save the model again.")
     version = manifest.get("format_version")
     if manifest.get("format") != "qjax" or not isinstance(version, int):
         raise CheckpointError(f"qjax: {file} is not a qjax manifest.")
@@ -342,9 +336,7 @@ def restore(
         CheckpointError: damaged, foreign, newer, or not of this model; the message says which.
     """
     manifest = read_manifest(path)
-    recipe = Recipe(
-        tuple(Rule.from_json(r) for r in manifest["recipe"]["rules"]), manifest["recipe"]["strict"]
-    )
+    recipe = Recipe(tuple(Rule.from_json(r) for r in manifest["recipe"]["rules"]), manifest["recipe"]["strict"])
     q = quantize(model, recipe, strict=recipe.strict)
     entries = list(enumerate(manifest["leaves"]))
     if subtree is not None:
@@ -388,8 +380,7 @@ def _read_arrays(
     for i, entry in entries:
         group = _group(i, entry["path"])
         avals = {
-            name: jax.ShapeDtypeStruct(tuple(a["shape"]), jnp.dtype(a["dtype"]))
-            for name, a in entry["arrays"].items()
+            name: jax.ShapeDtypeStruct(tuple(a["shape"]), jnp.dtype(a["dtype"])) for name, a in entry["arrays"].items()
         }
         wanted[group] = avals
         how[group] = {
@@ -410,8 +401,8 @@ def _read_arrays(
             a = arrays[group][name]
             if tuple(a.shape) != aval.shape or a.dtype != aval.dtype:
                 raise CheckpointError(
-                    f"qjax: {group}.{name} is {a.dtype}{list(a.shape)} on disk but {aval.dtype}{list(aval.shape)} in the "
-                    "manifest: the two are from different checkpoints."
+                    f"qjax: {group}.{name} is {a.dtype}{list(a.shape)} on disk but {aval.dtype}{list(aval.shape)} in "
+                    "the manifest: the two are from different checkpoints."
                 )
     return arrays
 
@@ -419,13 +410,9 @@ def _read_arrays(
 def _into_nnx(q: QuantizedNNX, values: dict[str, Any], *, partial: bool) -> QuantizedNNX:
     names = {name: variable for name, _, variable in nnx_state(q.model)}
     if extra := sorted(set(values) - set(names)):
-        raise CheckpointError(
-            f"qjax: the checkpoint has {extra[0]!r}, the model has not: another model was saved."
-        )
+        raise CheckpointError(f"qjax: the checkpoint has {extra[0]!r}, the model has not: another model was saved.")
     if not partial and (missing := sorted(set(names) - set(values))):
-        raise CheckpointError(
-            f"qjax: the model has {missing[0]!r}, the checkpoint has not: another model was saved."
-        )
+        raise CheckpointError(f"qjax: the model has {missing[0]!r}, the checkpoint has not: another model was saved.")
     for name, value in values.items():
         expected = tuple(names[name].get_value().shape)
         if tuple(value.shape) != expected:

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from jax.extend.core import Literal
 
 from pallas_kernels import numerics
-from pallas_kernels.qtensor import FoldedParam, QTensor, fake_quant, is_packed, quantize as pack
+from pallas_kernels.qtensor import FoldedParam, QTensor, fake_quant, is_packed
+from pallas_kernels.qtensor import quantize as pack
 from passes import control_flow, lower
-from passes.plan import Plan, Rule, make_plan
+from passes.plan import Plan, make_plan
 from passes.replay import Absorbed, FoldValue, replay
 from passes.sites import Sites, evaluate_fold, find_sites
 from passes.trace import Program, path_name, trace
@@ -92,9 +94,7 @@ def _plan(call: _Call, recipe: Recipe) -> Plan:
 
 def _run(call: _Call, recipe: Recipe) -> Any:
     """Runs a call: fake-quant for float parameters that the recipe quantizes, packed kernels for packed ones."""
-    if any(
-        not is_packed(leaf) for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None
-    ):
+    if any(not is_packed(leaf) for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None):
         recipe.check_patterns([path for path in call.paths if path is not None])
     program = call.trace()
     sites = find_sites(program)
@@ -121,14 +121,12 @@ def _run(call: _Call, recipe: Recipe) -> Any:
     # A parameter that the model hands back (mutable=True) is handed back as it came in.
     inputs = dict(zip(program.jaxpr.jaxpr.invars, call.leaves, strict=True))
     returned = program.jaxpr.jaxpr.outvars
-    out = [
-        inputs.get(var, value) if _is_var(var) else value for var, value in zip(returned, out, strict=True)
-    ]
+    out = [inputs.get(var, value) if _is_var(var) else value for var, value in zip(returned, out, strict=True)]
     return call.results(out)
 
 
 def _is_var(atom: Any) -> bool:
-    return not isinstance(atom, jax.extend.core.Literal)
+    return not isinstance(atom, Literal)
 
 
 def _fold_values(sites: Sites, plan: Plan, params: Mapping[str, Any]) -> list[FoldValue]:
@@ -455,6 +453,4 @@ def quantize(model: Any, recipe: Any, *, strict: bool = True) -> Any:
         raise TypeError(f"qjax: quantize takes a module instance, not the class {model.__name__}.")
     if callable(model):
         return QuantizedFunction(model, resolved)
-    raise TypeError(
-        f"qjax: quantize takes a Linen module, an NNX module or a function, not {type(model).__name__}."
-    )
+    raise TypeError(f"qjax: quantize takes a Linen module, an NNX module or a function, not {type(model).__name__}.")

@@ -6,7 +6,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from pallas_kernels.formats import FORMATS, MseSearch, PerChannel, PerGroup, PerTensor, QuantSpec
+from pallas_kernels.formats import (
+    FORMATS,
+    AbsMax,
+    MseSearch,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    QuantSpec,
+    QuickSearch,
+)
 from passes.plan import PlanError, Rule, check_patterns
 
 ScaleDtype = Literal["float32", "bfloat16", "float16"]
@@ -88,12 +97,19 @@ class Recipe:
     def check_patterns(self, paths: Sequence[str]) -> None:
         """Raises a `PlanError` for a rule that matches none of the paths, if strict."""
         if self.strict and (problems := check_patterns(self.rules, paths)):
-            raise PlanError(
-                "\n  - ".join(["qjax: the recipe does not fit the model (strict=True):", *problems])
-            )
+            raise PlanError("\n  - ".join(["qjax: the recipe does not fit the model (strict=True):", *problems]))
 
 
-RECIPES: dict[str, tuple[Rule, ...]] = {name: (Rule("**", make()),) for name, make in _MAKERS.items()}
+def _training(name: str) -> QuantSpec:
+    """The format with a scale rule of a few passes: training chooses scales at every step, a search takes twenty."""
+    return _MAKERS[name](scale=QuickSearch() if FORMATS[name].kind == "int" else AbsMax())
+
+
+RECIPES: dict[str, tuple[Rule, ...]] = {
+    **{name: (Rule("**", make()),) for name, make in _MAKERS.items()},
+    **{f"{name}_qat": (Rule("**", _training(name)),) for name in _MAKERS},
+}
+"""Recipes by name: every format for all weights, and `<format>_qat` with a scale rule cheap enough for training."""
 
 
 def as_recipe(recipe: Any, *, strict: bool = True) -> Recipe:

@@ -180,11 +180,11 @@ def main() -> None:
         f"Both tools quantized the same {count} kernels; embedding and norms stay float in both. (qwix leaves the "
         "embedding float; qjax would quantize it, so the table keeps it out by a rule.)",
         "KL is KL(float || quantized), the mean per position; its ratio is qjax over qwix.",
-        "g64 is a scale for each 64 weights along the contracted axes. The attention output kernels contract two, heads "
-        "and head_dim; qwix tiles the last one only and shares a scale among the 4 heads, 256 weights, hence fewer bits "
-        "of scales.",
-        "Each tool runs with its default for choosing scales: qjax searches each group's scale for the least squared error, qwix takes it "
-        "from the largest magnitude (`absmax`).",
+        "g64 is a scale for each 64 weights along the contracted axes. The attention output kernels contract two, "
+        "heads and head_dim; qwix tiles the last one only and shares a scale among the 4 heads, 256 weights, hence "
+        "fewer bits of scales.",
+        "Each tool runs with its default for choosing scales: qjax searches each group's scale for the least squared "
+        "error, qwix takes it from the largest magnitude (`absmax`).",
         "bits/weight counts the quantized kernels only: codes in the dtype in which each tool keeps them (qwix keeps "
         "int2 and int3 as int4) and scales (qjax: bfloat16 per group, float32 per channel; qwix: float32).",
     ]

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn, nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import qjax
 from pallas_kernels.qtensor import QTensor, is_packed

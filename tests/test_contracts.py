@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.extend.core import primitives as prims
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from passes import control_flow
 from passes.control_flow import bodies, consts_of, evaluate

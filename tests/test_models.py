@@ -1,4 +1,4 @@
-"""Every model of the zoo x {identity, fake-quant, packed} x {eager, jit, grad, vmap, scan}, and its plan as a golden table.
+"""Every model of the zoo x {identity, fake-quant, packed} x {eager, jit, grad, vmap, scan}; plans as golden tables.
 
 The float model run on dequantized parameters is the reference for both quantized forms: it goes through no pass of
 ours. It cannot serve where a derived matrix is quantized (folds); there fake-quant and packed are compared.
@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn, nnx
+from flax import linen as nn
+from flax import nnx
 from jax import lax
+from models import ZOO, ZooInstance
 
 import qjax
-from models import ZOO, ZooInstance
 from pallas_kernels.qtensor import FoldedParam, QTensor, is_packed
 from passes.replay import Ref, replay
 from passes.trace import trace
@@ -95,6 +96,7 @@ class Case:
     def identity(self, params: Any, inputs: Any) -> Any:
         """The traced program replayed with every parameter tracked and nothing changed."""
         leaves, tree = jax.tree.flatten(params)
+
         def fn(*leaves: Any) -> list[Any]:
             out = jax.tree.leaves(self.float(jax.tree.unflatten(tree, leaves), inputs))
             return [x for x in out if hasattr(x, "dtype")]
@@ -176,7 +178,10 @@ def test_identity_replay_is_the_model_and_keeps_its_gradients(case: Case):
     def run(params, inputs):
         out = []
         for fn in (case.float, case.identity):
-            values = lambda p, fn=fn: (case.loss(fn(p, inputs)), case.arrays(jax.tree.leaves(fn(p, inputs))))
+
+            def values(p, fn=fn):
+                return case.loss(fn(p, inputs)), case.arrays(jax.tree.leaves(fn(p, inputs)))
+
             if differentiable:
                 (_, outputs), grads = jax.value_and_grad(values, has_aux=True, allow_int=True)(params)
                 out.append((outputs, case.arrays(grads)))
@@ -232,7 +237,10 @@ def test_quantized_models_under_vmap_and_scan(case: Case, packed: Any, run: Any)
     def many(params, packed, two):
         out = []
         for p in (params, packed):
-            fn = lambda inputs, p=p: case.arrays(case.quantized(p, inputs))
+
+            def fn(inputs, p=p):
+                return case.arrays(case.quantized(p, inputs))
+
             mapped = jax.vmap(fn)(two) if can_vmap else []
             out.append((mapped, lax.scan(lambda c, inputs, fn=fn: (c, fn(inputs)), 0, two)[1]))
         return out
