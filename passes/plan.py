@@ -226,7 +226,7 @@ class Plan:
     __repr__ = __str__
 
 
-def _bytes(n: float) -> str:
+def _bytes(n: int | float) -> str:
     units = ["B", "kB", "MB"]
     while n >= 10_000 and len(units) > 1:
         n, units = n / 1000, units[1:]

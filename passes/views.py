@@ -141,8 +141,7 @@ class View:
         Leading axes that are stack as a whole are left out of the layout. None where a parameter axis was cut
         into factors in another order than it holds them.
         """
-        stack: Role = "stack"
-        found = [(index.atom, stack) for index in self.indexed]
+        found: list[tuple[Atom, Any]] = [(index.atom, "stack") for index in self.indexed]
         found += [(atom, role) for axis, role in zip(self.axes, roles, strict=True) for atom in axis]
         axes = []
         for i, size in enumerate(self.base):
