@@ -181,7 +181,7 @@ class MseSearch:
         points: grid points; each is tried for both signs or both zero points.
     """
 
-    points: int = 8
+    points: int = 6
 
     def __post_init__(self) -> None:
         """Checks the number of points."""

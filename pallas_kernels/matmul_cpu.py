@@ -30,9 +30,9 @@ from pallas_kernels import matmul_reference, numerics, packing
 from pallas_kernels.formats import PerGroup
 from pallas_kernels.qtensor import Layout, QTensor
 
-# Values of one block: 2 MiB of float32. Half and twice that are slower or equal at K = N = 4096; a matrix of
-# 2**20 values is about as fast either way.
-BLOCK_VALUES = 2**19
+# Values of one block: 4 MiB of float32. At K = N = 4096, half of it is a tenth slower from 128 rows of x on, and twice
+# gains nothing below 512; a matrix of just one block is about as fast either way.
+BLOCK_VALUES = 2**20
 # Codes of a column that one step of the loop without a dot takes, 8 of them for 8-bit formats: rows lie a power of two
 # apart and share one set of an 8-way cache, so that 16 rows of int8 take longer than twice 8. All are unrolled, which
 # is compile time; groups that need more than `_MOST_CODES` in a step go to the other loop.
@@ -53,7 +53,8 @@ def matmul(
     """What `matmul_reference.matmul` computes, up to the order of the sum; arguments as there."""
     size = _block_size(w, BLOCK_VALUES // max(1, w.layout.n if w.order == "kn" else w.layout.k))
     out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, casts[-1] if casts else w.dtype))
-    if w.layout.k * w.layout.n <= BLOCK_VALUES or size is None or jnp.finfo(out_dtype).bits > 32:
+    float32_holds_sums = out_dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+    if w.layout.k * w.layout.n <= BLOCK_VALUES or size is None or not float32_holds_sums:
         return matmul_reference.matmul(
             x,
             w,

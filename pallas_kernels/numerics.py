@@ -212,9 +212,10 @@ def _repeat(s: Array, k: int, spec: QuantSpec) -> Array:
 
 
 class _Group(NamedTuple):
-    """The values that share scales, `x: (*stack, G, g, N)`, and their extremes with the reduced axes kept at size 1."""
+    """The values that share scales, and their extremes with the reduced axes kept at size 1."""
 
-    x: Array
+    x: Array  # (*stack, G, g, N)
+    strands: Array  # the same values as (*stack, G, steps, S, N), for `_accumulate`
     low: Array  # min(x, 0)
     high: Array  # max(x, 0)
     size: np.ndarray  # (G, 1, 1): how many values of the group are not padding
@@ -227,18 +228,22 @@ class _Group(NamedTuple):
 def _groups(w: Array, spec: QuantSpec) -> _Group:
     k, n = w.shape[-2:]
     x = _to_groups(w.astype(jnp.float32), spec)
-    groups, g = x.shape[-3:-1]
+    *stack, groups, g, _ = x.shape
     per_tensor = isinstance(spec.granularity, PerTensor)
     axes = (-2, -1) if per_tensor else (-2,)
     low = jnp.min(x, axis=axes, keepdims=True, initial=0.0)
     high = jnp.max(x, axis=axes, keepdims=True, initial=0.0)
     size = np.minimum(g, np.maximum(k - g * np.arange(groups), 1)) * (n if per_tensor else 1)
-    return _Group(x, low, high, size.astype(np.float32)[:, None, None])
+    strands = -(-g // _MAX_STEPS)
+    steps = -(-g // strands)
+    padded = jnp.pad(x, [(0, 0)] * (len(stack) + 1) + [(0, steps * strands - g), (0, 0)])
+    padded = padded.reshape(*stack, groups, steps, strands, n)
+    return _Group(x, padded, low, high, size.astype(np.float32)[:, None, None])
 
 
-# Steps of the loop that adds up a group. Longer groups are split into strands that are added side by side, so that
-# a step has enough to do: (1, 4096, N) is 64 steps of 64 strands.
-_MAX_STEPS = 64
+# Steps of the loop that adds up a group. Longer groups are split into strands that are added side by side, so that a
+# step has enough to do: (1, 4096, N) is 64 steps of 64 strands. Unrolled, it reads and writes its sums less often.
+_MAX_STEPS, _UNROLL = 64, 8
 
 
 def _accumulate(group: _Group, terms: Callable[[Array], tuple[Array, ...]]) -> tuple[Array, ...]:
@@ -248,21 +253,17 @@ def _accumulate(group: _Group, terms: Callable[[Array], tuple[Array, ...]]) -> t
         group: the values.
         terms: from a slice `(*stack, G, S, N)` of the values, what is summed; 0 where the value is 0.
     """
-    *stack, groups, g, n = group.x.shape
-    strands = -(-g // _MAX_STEPS)
-    steps = -(-g // strands)
-    x = jnp.pad(group.x, [(0, 0)] * (len(stack) + 1) + [(0, steps * strands - g), (0, 0)])
-    x = x.reshape(*stack, groups, steps, strands, n)
+    x = group.strands
 
     def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         new = terms(lax.dynamic_index_in_dim(x, i, axis=x.ndim - 3, keepdims=False))
         return tuple(a + _finite(b) for a, b in zip(sums, new, strict=True))
 
-    zeros = jax.eval_shape(terms, jax.ShapeDtypeStruct((*stack, groups, strands, n), jnp.float32))
-    start = tuple(jnp.zeros(z.shape, z.dtype) for z in zeros)
-    sums = lax.fori_loop(0, steps, step, start, unroll=min(8, steps))
+    steps = x.shape[-3]
+    start = tuple(jnp.zeros_like(a) for a in jax.eval_shape(terms, x[..., 0, :, :]))
+    sums = lax.fori_loop(0, steps, step, start, unroll=min(_UNROLL, steps))
     sums = tuple(_pairwise_sum(a, -2) for a in sums)
-    return sums if group.low.shape[-1] == n else tuple(_pairwise_sum(a, -1) for a in sums)
+    return sums if group.low.shape[-1] == x.shape[-1] else tuple(_pairwise_sum(a, -1) for a in sums)
 
 
 # --- Scale rules -----------------------------------------------------------------------------------------------
@@ -361,76 +362,76 @@ def _fit(group: _Group, choice: _Choice, unit: Array, format: Format) -> _Fit:
     return _Fit(squared * dd, squared * (dd - _finite(f * dq)), scale + _finite(scale * f))
 
 
-_MARGIN = 1 - 1e-5  # candidates that differ by rounding only, as mirror images do, keep their order
+class _Search(NamedTuple):
+    """The best choice so far for each group, and its error."""
+
+    error: Array
+    best: _Choice
+
+    def offer(self, error: Array, choice: _Choice) -> _Search:
+        wins = error < self.error
+        return _Search(*jax.tree.map(functools.partial(jnp.where, wins), (error, choice), tuple(self)))
 
 
-def _search(group: _Group, spec: QuantSpec, points: int, variants: tuple[float, ...]) -> _Choice:
-    """The best of `points * len(variants)` candidates by the error that its refined scale leaves.
+def _coarse_search(group: _Group, spec: QuantSpec, unit: Array, points: int, variants: tuple[float, ...]) -> _Choice:
+    """The best of `points * len(variants)` candidates by the error that its refined scale leaves, so refined.
 
     A variant is the sign of the scale relative to `SignedMax`, or what is added to a zero point before it is floored.
     """
-    format, absmax = spec.format, group.absmax
+    format = spec.format
     first, last = _grid_ends(group, spec)
     octaves = jnp.log2(first / last)
+    covering = _abs_max(group, spec).scale
     if format.kind == "int" and not spec.zero_point:
-        unit = absmax / -format.qmin
-        negative = (group.high > -group.low) & (not spec.double_quant)
-        signed = jnp.where(negative, -unit, unit)
-    else:
-        unit = _abs_max(group, spec).scale
-        signed = unit
+        covering = group.absmax / -format.qmin
+        covering = covering if spec.double_quant else jnp.where(group.high > -group.low, -covering, covering)
 
     def propose(fraction: Array, variant: Array) -> _Choice:
         part = last * jnp.exp2(fraction * octaves)
         if not spec.zero_point:
-            sign = variant if format.kind == "int" else 1.0
-            return _Choice(_stored(_coarse(part * (sign * signed)), spec), None)
-        scale = _stored(_coarse(part * signed), spec)
+            return _Choice(_stored(_coarse(variant * part * covering), spec), None)
+        scale = _stored(_coarse(part * covering), spec)
         zero = jnp.floor(format.qmin - _finite(group.low * part * _reciprocal(scale)) + variant)
         return _Choice(scale, lax.clamp(float(format.qmin), zero, float(format.qmax)))
 
-    def step(best: tuple[Array, _Choice], candidate: tuple[Array, Array]) -> tuple[tuple[Array, _Choice], None]:
+    def step(search: _Search, candidate: tuple[Array, Array]) -> tuple[_Search, None]:
         choice = propose(*candidate)
         fit = _fit(group, choice, unit, format)
-        wins = fit.refined_error < best[0] * _MARGIN
         refined = _Choice(_stored(_coarse(fit.refined_scale), spec), choice.zero)
-        return jax.tree.map(functools.partial(jnp.where, wins), (fit.refined_error, refined), best), None
+        return search.offer(fit.refined_error, refined), None
 
     fractions = np.linspace(0, 1, points, dtype=np.float32) if points > 1 else np.zeros(1, np.float32)
     grid = np.stack(np.meshgrid(fractions, np.asarray(variants, np.float32), indexing="ij")).reshape(2, -1)
-    start = (jnp.full_like(absmax, jnp.inf), propose(jnp.float32(0), jnp.float32(variants[0])))
-    (_, best), _ = lax.scan(step, start, (jnp.asarray(grid[0]), jnp.asarray(grid[1])))
-    return best
-
-
-def _mse_search(group: _Group, spec: QuantSpec) -> _Choice:
-    rule = spec.scale_rule
-    assert isinstance(rule, MseSearch)
-    variants = (0.0, 1.0) if spec.zero_point else (1.0, -1.0) if _both_signs(spec) else (1.0,)
-    points = rule.points * 2 // len(variants)
-    start, found = _abs_max(group, spec), _search(group, spec, points, variants)
-
-    def step(carry: tuple[_Choice, Array, _Choice], i: Array) -> tuple[tuple[_Choice, Array, _Choice], None]:
-        choice, error, best = carry
-        fit = _fit(group, choice, start.scale, spec.format)
-        wins = fit.error < error * _MARGIN
-        refined = _Choice(_stored(_coarse(fit.refined_scale), spec), choice.zero)
-        following = jax.tree.map(functools.partial(jnp.where, i == 0), found, refined)
-        return (following, *jax.tree.map(functools.partial(jnp.where, wins), (fit.error, choice), (error, best))), None
-
-    # AbsMax, then what was found, then that with its scale refined once more
-    (_, _, best), _ = lax.scan(step, (start, jnp.full_like(group.absmax, jnp.inf), start), jnp.arange(3))
-    return best
+    start = _Search(jnp.full_like(group.absmax, jnp.inf), propose(jnp.float32(0), jnp.float32(variants[0])))
+    return lax.scan(step, start, (jnp.asarray(grid[0]), jnp.asarray(grid[1])))[0].best
 
 
 def _quick_search(group: _Group, spec: QuantSpec) -> _Choice:
     rule = spec.scale_rule
     assert isinstance(rule, QuickSearch)
-    return _search(group, spec, rule.points, (0.5,) if spec.zero_point else (1.0,))
+    unit = _abs_max(group, spec).scale
+    return _coarse_search(group, spec, unit, rule.points, (0.5,) if spec.zero_point else (1.0,))
 
 
-def _both_signs(spec: QuantSpec) -> bool:
-    return spec.format.kind == "int" and not spec.zero_point and not spec.double_quant
+# Around what the grid found: errors have many local minima, some 1 % of the scale apart at 8 bits.
+_NEARBY = (1.0, 0.98, 0.99, 1.01, 1.02)
+
+
+def _mse_search(group: _Group, spec: QuantSpec) -> _Choice:
+    rule = spec.scale_rule
+    assert isinstance(rule, MseSearch)
+    start = _abs_max(group, spec)
+    both_signs = spec.format.kind == "int" and not spec.double_quant
+    variants = (0.0, 1.0) if spec.zero_point else (1.0, -1.0) if both_signs else (1.0,)
+    found = _coarse_search(group, spec, start.scale, rule.points * 2 // len(variants), variants)
+
+    def step(search: _Search, factor: Array) -> tuple[_Search, None]:
+        near = _Choice(_stored(_coarse(found.scale * factor), spec), found.zero)
+        choice = jax.tree.map(functools.partial(jnp.where, factor == 0), start, near)
+        return search.offer(_fit(group, choice, start.scale, spec.format).error, choice), None
+
+    search = _Search(jnp.full_like(group.absmax, jnp.inf), start)
+    return lax.scan(step, search, jnp.asarray((0.0, *_NEARBY), jnp.float32))[0].best
 
 
 _CHOOSE: dict[type, Callable[[_Group, QuantSpec], _Choice]] = {
@@ -517,9 +518,7 @@ def _quantize(w: Array, *, spec: QuantSpec) -> tuple[Array, Scales, Array]:
         y = y if zero is None else y + zero
     else:
         y = group.x * _reciprocal(scale)  # as bitsandbytes computes it
-    # Rounding the scale to its dtype may push the extreme value of a group past half a step; that is no clipping.
-    slack = 1 + float(jnp.finfo(spec.scale_dtype).eps)
-    lowest, highest = (slack * bound for bound in spec.format.bounds)
+    lowest, highest = spec.format.bounds
     rounded = (y >= lowest) & (y <= highest)
     values = jnp.squeeze(scale, -2)  # (*stack, G, N)
     scales = _nest(values) if spec.double_quant else Scales(values.astype(spec.scale_dtype))
@@ -576,7 +575,7 @@ def _straight_through(w: Array, value: Array, rounded: Bool[Array, "*stack K N"]
 
 
 @_straight_through.defjvp
-def _straight_through_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     out = _straight_through(*primals)
     return out, jnp.where(primals[2], tangents[0], jnp.zeros_like(out))
 

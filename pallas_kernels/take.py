@@ -13,9 +13,7 @@ from pallas_kernels.qtensor import QTensor
 
 
 @functools.partial(jax.jit, static_argnames=("fill_value",))
-def quantized_take(
-    w: QTensor, indices: Int[Array, "*B"], *, fill_value: float | None = None
-) -> Float[Array, "*B K"]:
+def quantized_take(w: QTensor, indices: Int[Array, "*B"], *, fill_value: float | None = None) -> Float[Array, "*B K"]:
     """Rows `indices` of the table whose matrix is `(K, N)`: row n is column n of the matrix.
 
     Only the packed words and scales of those rows are read.

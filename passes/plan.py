@@ -144,11 +144,14 @@ class Plan:
     entries: tuple[Entry, ...]
     unweighted: tuple[tuple[str, str], ...]
 
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Entry]:
+        return {entry.name: entry for entry in self.entries}
+
     def __getitem__(self, name: str) -> Entry:
-        for entry in self.entries:
-            if entry.name == name:
-                return entry
-        raise KeyError(f"qjax: no parameter {name!r} in the plan; it has {[e.name for e in self.entries]}.")
+        if name not in self._by_name:
+            raise KeyError(f"qjax: no parameter {name!r} in the plan; it has {', '.join(self._by_name)}.")
+        return self._by_name[name]
 
     @property
     def quantized(self) -> tuple[Entry, ...]:
@@ -216,7 +219,7 @@ class Plan:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=160, color_system=None)
+        console = Console(file=io.StringIO(), width=1000, color_system=None)  # never wraps: paths can be searched for
         console.print(self)
         for what, reason in self.unweighted:
             console.print(f"matmul without a parameter: {what}: {reason}")
@@ -317,6 +320,8 @@ class _Planner:
             reason = "part of " + ", ".join(f.name for f in folds) + (f"; also {_uses(uses)}" if uses else "")
             kept = bool(uses) or len(into) < len(folds)
             return dataclasses.replace(entry, folded_into=into, kept=kept, reason=reason)
+        if not jnp.issubdtype(param.dtype, jnp.floating):
+            return dataclasses.replace(entry, reason="not a float")
         layout, reason = _decide(param.shape, own, uses, self.sites.rank[path])
         if layout is None:
             if rule and rule.weights and not rule.sweeps and not reason.startswith("vector"):

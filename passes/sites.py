@@ -234,7 +234,8 @@ class _Finder:
             self.found.params[path] = param
             self.found.uses[path] = []
             self.found.rank[path] = 0
-            values.append(Viewed(param, View.identity(aval.shape)))
+            floating = jnp.issubdtype(aval.dtype, jnp.floating)
+            values.append(Viewed(param, View.identity(aval.shape)) if floating else None)
         for value in self.walk(program.jaxpr, values, ()):
             self.use(value, "returned")
 

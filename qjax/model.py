@@ -20,7 +20,7 @@ from pallas_kernels import numerics
 from pallas_kernels.qtensor import FoldedParam, QTensor, fake_quant, is_packed
 from pallas_kernels.qtensor import quantize as pack
 from passes import control_flow, lower
-from passes.plan import Plan, make_plan
+from passes.plan import Entry, Plan, make_plan
 from passes.replay import Absorbed, FoldValue, replay
 from passes.sites import Sites, evaluate_fold, find_sites
 from passes.trace import Program, path_name, trace
@@ -52,7 +52,7 @@ class _Call:
         dynamic = [(path, leaf) for path, leaf in flat if _is_array(leaf)]
         self.leaves = [leaf for _, leaf in dynamic]
         self.paths = [
-            self.name(path) if self.is_param(path) and jnp.issubdtype(leaf.dtype, jnp.floating) else None
+            self.name(path) if self.is_param(path) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else None
             for path, leaf in dynamic
         ]
         for path, leaf in zip(self.paths, self.leaves, strict=True):
@@ -192,9 +192,11 @@ def _convert(call: _Call, recipe: Recipe) -> dict[str, Any]:
     return packed
 
 
-def _pack(w: Any, entry: Any) -> QTensor:
-    fn = jax.jit(pack, static_argnames=("spec", "layout", "order"))
-    return fn(w, spec=entry.spec, layout=entry.layout, order=entry.order)
+_pack_jitted = jax.jit(pack, static_argnames=("spec", "layout", "order"))
+
+
+def _pack(w: Any, entry: Entry) -> QTensor:
+    return _pack_jitted(w, spec=entry.spec, layout=entry.layout, order=entry.order)
 
 
 # --- The three kinds of model --------------------------------------------------------------------------------

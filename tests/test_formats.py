@@ -49,7 +49,7 @@ def test_nf4_values_are_the_normal_quantiles_of_the_qlora_paper():
     expected = np.sort([*positive, 0.0, *negative]) / max(positive)
     np.testing.assert_allclose(NF4.values, expected, atol=2e-7)
     assert all(float(np.float32(v)) == v for v in NF4.values)
-    assert NF4.values[0] == -1 and NF4.values[7] == 0 and NF4.values[15] == 1
+    assert [NF4.values[code] for code in (0, 7, 15)] == [-1, 0, 1]
 
 
 def test_fp4_values_are_indexed_by_the_code_of_ml_dtypes():
