@@ -243,7 +243,7 @@ def _groups(w: Array, spec: QuantSpec) -> _Group:
 
 # Steps of the loop that adds up a group. Longer groups are split into strands that are added side by side, so that a
 # step has enough to do: (1, 4096, N) is 64 steps of 64 strands. Unrolled, it reads and writes its sums less often.
-_MAX_STEPS, _UNROLL = 64, 8
+_MAX_STEPS, _UNROLL = 64, 4
 
 
 def _accumulate(group: _Group, terms: Callable[[Array], tuple[Array, ...]]) -> tuple[Array, ...]:

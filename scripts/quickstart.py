@@ -37,7 +37,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import qjax
-from pallas_kernels.formats import QuickSearch
 from qjax.report import Comparison, compare
 
 SEED = 0
@@ -66,7 +65,7 @@ class Effort:
 
 
 FULL = Effort(("int8", "int4", "nf4", "int3", "int2"), ("int3", "int2"), 8, 8, 40, 200)
-QUICK = Effort(("int8", "int4", "int2"), ("int2",), 1, 2, 2, 8)
+QUICK = Effort(("int4", "int2"), ("int2",), 1, 2, 2, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +79,8 @@ class Qat:
 # `QuickSearch` costs a training step next to nothing, where `MseSearch`, the default, is some twenty passes over the
 # weights. `convert` follows the recipe that was trained, so what is served is what was trained.
 QAT = {
-    "int3": Qat(qjax.int3(scale=QuickSearch()), 2e-4),
-    "int2": Qat(qjax.int2(scale=QuickSearch()), 4e-4),
+    "int3": Qat(qjax.int3(scale=qjax.QuickSearch()), 2e-4),
+    "int2": Qat(qjax.int2(scale=qjax.QuickSearch()), 4e-4),
 }
 
 
@@ -290,10 +289,11 @@ def plot(rows: list[Row], path: Path) -> None:
             arrow = {"arrowstyle": "->", "color": orange, "shrinkA": 4, "shrinkB": 4}
             axis.annotate("", (bits(row), value(row)), (bits(start), value(start)), arrowprops=arrow)
         for row in before:
-            offset, side = ((-7, -13), "right") if row in others else ((7, 5), "left")
+            offset, side = ((-7, -15), "right") if row in others else ((7, 5), "left")
             at = (bits(row), value(row))
             axis.annotate(row.name, at, offset, textcoords="offset points", fontsize=9, ha=side, color=blue)
         axis.set(xlabel="bits per weight, scales included", ylabel=label)
+        axis.margins(y=0.1)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].axhline(0, color="black", lw=0.8)

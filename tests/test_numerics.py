@@ -252,7 +252,6 @@ SEARCHED = [
     QuantSpec(FORMATS["int4"], PerGroup(GROUP), scale_dtype="bfloat16"),
     QuantSpec(FORMATS["int3"], PerGroup(GROUP), zero_point=True),
     QuantSpec(FORMATS["nf4"], PerGroup(GROUP), double_quant=True),
-    QuantSpec(FORMATS["int8"], PerChannel()),
     QuantSpec(FORMATS["int2"], PerTensor(), scale_rule=QuickSearch()),
     QuantSpec(FORMATS["fp8_e4m3"], PerChannel(), scale_rule=QuickSearch(), scale_dtype="float16"),
 ]
@@ -277,8 +276,8 @@ def test_fake_quant_equals_dequantize_of_quantize_bit_for_bit(spec):
     np.testing.assert_array_equal(fake_quant(jnp.asarray(W), spec), expected)
 
 
-@pytest.mark.parametrize("spec", [SEARCHED[0], SEARCHED[1]], ids=str)
-def test_quantizing_is_the_same_under_vmap_and_for_a_part_of_the_columns(spec):
+def test_quantizing_is_the_same_under_vmap_and_for_a_part_of_the_columns():
+    spec = SEARCHED[1]
     codes, scales, w_hat = on_weights(spec)
     mapped = jax.jit(jax.vmap(lambda m: quantize(m, spec)))(W)
     jax.tree.map(np.testing.assert_array_equal, mapped, (codes, scales))
@@ -320,8 +319,7 @@ def test_casts_round_as_numpy_does_including_subnormals_and_overflow(dtype, seed
 # --- Groups ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", [AbsMax(), MseSearch()], ids=lambda r: type(r).__name__)
-@pytest.mark.parametrize("name", ["int4", "nf4"])
+@pytest.mark.parametrize(("name", "rule"), [("int4", MseSearch()), ("nf4", AbsMax())], ids=["int4", "nf4"])
 def test_a_short_last_group_is_quantized_as_if_it_stood_alone(name, rule):
     spec = QuantSpec(FORMATS[name], PerGroup(GROUP), scale_rule=rule)
     codes, scales, _ = on_weights(spec)
@@ -460,7 +458,6 @@ def test_mse_search_is_never_worse_than_absmax_in_any_group(variant):
     [
         QuantSpec(FORMATS["int2"], PerTensor()),
         QuantSpec(FORMATS["int4"], PerChannel(), scale_dtype="float16"),
-        QuantSpec(FORMATS["int8"], PerGroup(GROUP), scale_dtype="bfloat16"),
         QuantSpec(FORMATS["nf4"], PerChannel(), scale_dtype="bfloat16"),
     ],
     ids=lambda s: f"{s}-{s.scale_dtype}",
@@ -471,39 +468,27 @@ def test_the_guarantee_holds_for_every_granularity_and_scale_dtype(spec):
     assert (error <= limit * (1 + 1e-5)).all()
 
 
-GAUSSIAN = np.random.default_rng(7).standard_normal((512, 128)).astype(np.float32)
-# relative error of the weights, groups of 64 (int8: per channel), N(0, 1); measured on 1024 x 4096 and rounded up
-LIMITS = {
-    ("int2", "MseSearch"): 0.353,
-    ("int3", "MseSearch"): 0.178,
-    ("int4", "MseSearch"): 0.0905,
-    ("nf4", "MseSearch"): 0.0855,
-    ("int8", "MseSearch"): 0.0086,
-    ("int2", "QuickSearch"): 0.358,
-    ("int3", "QuickSearch"): 0.180,
-    ("int4", "QuickSearch"): 0.0918,
+DATA = {
+    "normal": np.random.default_rng(3).standard_normal((256, 128)),
+    "laplace": np.random.default_rng(4).laplace(size=(256, 128)),
+    "student t": np.random.default_rng(5).standard_t(4, (256, 128)),
 }
+DATA = {name: w.astype(np.float32) for name, w in DATA.items()}
+# Relative error on normal weights, groups of 64 (int8: per channel). What AbsMax gives: .512 .221 .103 .0920 .0083
+LIMITS = {"int2": 0.353, "int3": 0.178, "int4": 0.0905, "nf4": 0.0856, "int8": 0.0081}
 
 
-@pytest.mark.parametrize(("name", "rule"), LIMITS)
-def test_search_reaches_its_error_on_gaussian_weights(name, rule):
-    rule_type = {"MseSearch": MseSearch, "QuickSearch": QuickSearch}[rule]
-    granularity = PerChannel() if name == "int8" else PerGroup(64)
-    spec = QuantSpec(FORMATS[name], granularity, scale_rule=rule_type(), scale_dtype="bfloat16")
-    assert relative_error(GAUSSIAN, spec) < LIMITS[name, rule]
+@pytest.mark.parametrize("name", LIMITS)
+def test_search_reaches_its_error_on_normal_weights(name):
+    spec = QuantSpec(FORMATS[name], PerChannel() if name == "int8" else PerGroup(64))
+    assert relative_error(DATA["normal"], spec) < LIMITS[name]
 
 
 @pytest.mark.parametrize("name", ["int2", "int3", "int4"])
 def test_quick_search_is_within_two_percent_of_the_full_search(name):
-    rng = np.random.default_rng(3)
-    shape = (256, 128)
-    data = [rng.standard_normal(shape), rng.laplace(size=shape), rng.standard_t(4, shape)]
-    for w in data:
-        quick, full = (
-            relative_error(w.astype(np.float32), QuantSpec(FORMATS[name], PerGroup(64), scale_rule=rule))
-            for rule in (QuickSearch(), MseSearch())
-        )
-        assert quick < 1.02 * full
+    quick, full = (QuantSpec(FORMATS[name], PerGroup(64), scale_rule=rule) for rule in (QuickSearch(), MseSearch()))
+    for w in DATA.values():
+        assert relative_error(w, quick) < 1.02 * relative_error(w, full)
 
 
 def test_long_heavy_tailed_channels_are_clipped_far_inside_their_largest_value():
@@ -520,10 +505,10 @@ def test_long_heavy_tailed_channels_are_clipped_far_inside_their_largest_value()
 @pytest.mark.parametrize(
     "spec",
     [
-        QuantSpec(FORMATS["int2"], PerGroup(GROUP), scale_dtype="bfloat16"),
+        QuantSpec(FORMATS["int2"], PerGroup(GROUP), scale_dtype="bfloat16", scale_rule=QuickSearch()),
         QuantSpec(FORMATS["int3"], PerGroup(GROUP), zero_point=True),
-        QuantSpec(FORMATS["nf4"], PerChannel()),
-        QuantSpec(FORMATS["fp8_e5m2"], PerTensor(), scale_dtype="float16"),
+        QuantSpec(FORMATS["nf4"], PerChannel(), scale_rule=QuickSearch()),
+        QuantSpec(FORMATS["fp8_e5m2"], PerTensor(), scale_dtype="float16", scale_rule=AbsMax()),
     ],
     ids=str,
 )
