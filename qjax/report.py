@@ -155,7 +155,7 @@ def compare(
     if not count:
         raise ValueError("qjax: compare got no batches: the iterable is empty (an iterator can be used only once).")
 
-    score_means = (None, None) if score is None else np.mean(scores, axis=0, dtype=np.float64).tolist()
+    means: list[float] = [] if score is None else [float(m) for m in np.mean(scores, axis=0, dtype=np.float64)]
     weights, float_bytes = _size(_parameters(model, variables))
     _, quantized_bytes = _size(_parameters(q, packed))
     relative = math.sqrt(total.noise / total.signal) if total.signal else math.inf if total.noise else 0.0
@@ -164,8 +164,8 @@ def compare(
         top1=total.agree / total.positions if total.positions else None,
         relative_error=relative,
         sqnr_db=-20 * math.log10(relative) if 0 < relative < math.inf else -math.inf if relative else math.inf,
-        float_score=score_means[0],
-        quantized_score=score_means[1],
+        float_score=means[0] if means else None,
+        quantized_score=means[1] if means else None,
         positions=total.positions or None,
         batches=count,
         float_bytes=float_bytes,
