@@ -175,15 +175,21 @@ class QTensor:
         return numerics.dequantize(codes, scales, self.spec, self.dtype).astype(dtype or self.dtype)
 
     def select_columns(self, columns: Int[Array, " B"]) -> tuple[Array, numerics.Scales]:
-        """Columns of an unstacked matrix as packed arrays in `(K, B)` order; only those columns are read."""
-        words, scales = self.words, numerics.plain_scales(self.scales)
-        axis = 1 if self.order == "kn" else 0
+        """Columns of an unstacked matrix as packed arrays in `(K, B)` order; only those columns are read.
 
-        def pick(a: Array) -> Array:
-            a = a if a.shape[axis] == 1 else jnp.take(a, columns, axis=axis)  # size 1: one for all columns
-            return a if self.order == "kn" else a.T
+        Under double quantization all scales are decoded: their blocks run through all columns.
+        """
 
-        return jax.tree.map(pick, (words, scales))
+        def pick(a: Array, axis: int) -> Array:
+            return a if a.shape[axis] == 1 else jnp.take(a, columns, axis=axis)  # size 1: one for all columns
+
+        def stored(a: Array) -> Array:
+            return pick(a, 1) if self.order == "kn" else pick(a, 0).T
+
+        if self.spec.double_quant:
+            plain = numerics.plain_scales(self.matrix_arrays()[1])
+            return stored(self.words), jax.tree.map(lambda a: pick(a, 1), plain)
+        return jax.tree.map(stored, (self.words, self.scales))
 
     def dequantize(self) -> Float[Array, ...]:
         """The float parameter that the packed arrays stand for: shape `self.shape`, dtype `self.dtype`."""

@@ -16,7 +16,7 @@ from pallas_kernels.qtensor import QTensor
 def quantized_take(w: QTensor, indices: Int[Array, "*B"], *, fill_value: float | None = None) -> Float[Array, "*B K"]:
     """Rows `indices` of the table whose matrix is `(K, N)`: row n is column n of the matrix.
 
-    Only the packed words and scales of those rows are read.
+    Only the packed words of those rows are read.
 
     Args:
         w: packed table without stack axes; any storage order ("nk" keeps a row contiguous).

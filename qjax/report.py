@@ -155,7 +155,7 @@ def compare(
     if not count:
         raise ValueError("qjax: compare got no batches: the iterable is empty (an iterator can be used only once).")
 
-    means: list[float] = [] if score is None else [float(m) for m in np.mean(scores, axis=0, dtype=np.float64)]
+    means: list[float] = [] if score is None else list(np.asarray(scores, np.float64).mean(axis=0))
     weights, float_bytes = _size(_parameters(model, variables))
     _, quantized_bytes = _size(_parameters(q, packed))
     relative = math.sqrt(total.noise / total.signal) if total.signal else math.inf if total.noise else 0.0

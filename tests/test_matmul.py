@@ -274,10 +274,11 @@ def test_export_for_cpu_makes_a_round_trip():
 @pytest.mark.parametrize("order", ["kn", "nk"])
 @pytest.mark.parametrize("spec", FEW, ids=str)
 def test_take(spec: QuantSpec, order: Any):
-    w = _pack(spec, order=order)
+    n = 330  # several blocks of double quantization
+    w = _pack(spec, n=n, order=order)
     rows = np.asarray(w.matrix()).T
-    indices = jnp.asarray([[0, 5, N - 1], [-1, N, 5]])
-    np.testing.assert_array_equal(quantized_take(w, indices), rows[np.clip(indices, 0, N - 1)])
+    indices = jnp.asarray([[0, 5, n - 1], [-1, n, 5]])
+    np.testing.assert_array_equal(quantized_take(w, indices), rows[np.clip(indices, 0, n - 1)])
     filled = quantized_take(w, indices, fill_value=7.0)
     np.testing.assert_array_equal(filled[0], rows[indices[0]])
     np.testing.assert_array_equal(filled[1, :2], np.full((2, K), 7.0))
