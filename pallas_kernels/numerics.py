@@ -517,7 +517,10 @@ def _quantize(w: Array, *, spec: QuantSpec) -> tuple[Array, Scales, Array]:
         y = y if zero is None else y + zero
     else:
         y = group.x * _reciprocal(scale)  # as bitsandbytes computes it
-    lowest, highest = spec.format.bounds
+    # Rounding the scale to its dtype may push the extreme value of a group past half a step. That is no clipping:
+    # without the slack such a value would get no gradient for as long as the scale happens to be rounded down.
+    slack = 1 + float(jnp.finfo(spec.scale_dtype).eps)
+    lowest, highest = (slack * bound for bound in spec.format.bounds)
     rounded = (y >= lowest) & (y <= highest)
     values = jnp.squeeze(scale, -2)  # (*stack, G, N)
     scales = _nest(values) if spec.double_quant else Scales(values.astype(spec.scale_dtype))
@@ -562,7 +565,8 @@ def fake_quant(w: Float[Array, "*stack K N"], spec: QuantSpec) -> Float[Array, "
     """`dequantize(*quantize(w, spec), spec, w.dtype)`, with a straight-through gradient.
 
     The gradient is that of the identity where a value was rounded and exactly zero where it was clipped, that is where
-    it lies more than half a step beyond the last code. Scales count as constants (arXiv 1308.3432).
+    it lies more than half a step beyond the last code (and a rounding error of the scale). Scales count as constants
+    (arXiv 1308.3432).
     """
     codes, scales, rounded = _quantize(lax.stop_gradient(w), spec=spec)
     return _straight_through(w, _dequantize(codes, scales, spec=spec, dtype=w.dtype), rounded)
