@@ -7,6 +7,7 @@ Everything here is plain data: no arrays, hashable, usable as a static argument 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import ml_dtypes
@@ -85,7 +86,7 @@ class Format:
             v = sorted(self.values)
             return v[0] - (v[1] - v[0]) / 2, v[-1] + (v[-1] - v[-2]) / 2
         info = ml_dtypes.finfo(self.dtype)
-        step = 2.0 ** (np.floor(np.log2(float(info.max))) - info.nmant)
+        step = 2.0 ** (math.floor(math.log2(float(info.max))) - info.nmant)
         return -float(info.max) - step / 2, float(info.max) + step / 2
 
     def __str__(self) -> str:
@@ -170,15 +171,15 @@ class SignedMax:
 
 @dataclasses.dataclass(frozen=True)
 class MseSearch:
-    """Least squared error of each group over a grid of scales; data-free, some twenty passes over the weight.
+    """Least squared error of each group over a grid of scales; data-free, about twenty passes over the weight.
 
-    The grid runs from where clipping stops paying off to the largest magnitude of the group (beyond it for codebooks
-    and floats, whose steps are uneven), for both signs of a symmetric integer's scale, for both roundings of a zero
-    point. Each candidate is judged by the error that remains after its own least-squares scale
-    `<w, q> / <q, q>`. The winner is taken only where it beats `AbsMax`, so no group is ever worse than that.
+    The grid runs from where clipping outliers stops paying off to the largest magnitude of the group (beyond it for
+    codebooks and floats, whose steps are uneven), for both signs of a symmetric integer's scale, for both roundings of
+    a zero point. A candidate is judged by the error that its own least-squares scale `<w, q> / <q, q>` leaves. The
+    best one, and scales up to 2 % beside it, are taken only where they beat `AbsMax`: no group is ever worse than that.
 
     Attributes:
-        points: grid points; each is tried for both signs or both zero points.
+        points: grid points; each is tried for both signs or both zero points, or there are twice as many.
     """
 
     points: int = 6
@@ -190,13 +191,13 @@ class MseSearch:
 
 @dataclasses.dataclass(frozen=True)
 class QuickSearch:
-    """`MseSearch` reduced to a few candidates: five passes, for training, which chooses scales at every step.
+    """`MseSearch` reduced to a few candidates, for training, where scales are chosen at every step; six passes.
 
-    One candidate for each grid point: the sign of `SignedMax`, the nearest zero point, no comparison with `AbsMax`.
-    At 2 to 4 bits its error is within 2 % of that of `MseSearch`.
+    One candidate for each grid point: the sign of `SignedMax`, the nearest zero point; no comparison with `AbsMax`.
+    At 2 to 4 bits the error of integers is within 2 % of that of `MseSearch`, at a third of its time.
 
     Attributes:
-        points: grid points; the last one is `SignedMax` itself.
+        points: grid points; the one at the largest magnitude is always among them.
     """
 
     points: int = 3

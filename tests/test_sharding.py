@@ -1,4 +1,4 @@
-"""Packed models on several devices: convert, restore and `shard_map`, on four virtual CPU devices in a process apart."""
+"""Packed models on four virtual CPU devices, in a process apart: convert, restore and `shard_map`."""
 
 from __future__ import annotations
 
