@@ -9,12 +9,9 @@ its own, groups lie along K. With the scale s of its group (and the zero point z
 in float32, whatever the dtype of w. Scales are rounded to their stored dtype before codes are chosen.
 
 **Bit equality.** `fake_quant(w, spec)` equals `dequantize(*quantize(w, spec), spec, w.dtype)`, eager, jitted or inside
-a larger program. XLA does not keep IEEE arithmetic as it is written, so three things are done on purpose:
-    * it turns a quotient by a broadcast or a constant into a product with the reciprocal: `_divide` prevents that;
-    * it fuses a product and an addition into one multiply-add: `_finite` keeps them apart;
-    * it may drop a cast to a narrow float and back (excess precision): `_round_to` rounds in float32 first.
+a larger program. XLA does not keep IEEE arithmetic as it is written; `pallas_kernels.exact` has what makes it.
 Sums, which a scale search is made of, are added in an order that the program spells out (`_accumulate`,
-`_pairwise_sum`) instead of the one that XLA likes best for a `reduce`; that is also several times faster on CPU.
+`pairwise_sum`) instead of the one that XLA likes best for a `reduce`; that is also several times faster on CPU.
 What XLA may still change is the last bit of `exp2` and of an inexact hardware division (TPU), in differently compiled
 programs; scales that a search proposes are rounded to 13 bits, so that this shows about never.
 
@@ -34,8 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int8
+from jaxtyping import Array, Float, Int8
 
+from pallas_kernels.exact import FLOAT32_TINY, divide, finite, pairwise_sum, reciprocal, round_to
 from pallas_kernels.formats import (
     AbsMax,
     Format,
@@ -47,8 +45,6 @@ from pallas_kernels.formats import (
     SignedMax,
 )
 
-FLOAT32_MAX = float(np.finfo(np.float32).max)
-FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 NESTED_BLOCK = 256
 """Scales in one block of double quantization, as in bitsandbytes."""
 
@@ -73,49 +69,6 @@ class Scales:
     zero: Any = None
     absmax: Any = None
     offset: Any = None
-
-
-# --- Arithmetic that the compiler keeps ------------------------------------------------------------------------
-
-
-def _divide(x: Array, s: Array) -> Array:
-    """`x / s` rounded once, and x where s is 0; the select hides that the divisor is a broadcast or a constant."""
-    return x / jnp.where((x == 0) | (s == 0), 1.0, s)
-
-
-def _finite(product: Array) -> Array:
-    """Saturates what overflowed; the clamp also keeps the product from being fused with an addition."""
-    return lax.clamp(-FLOAT32_MAX, product, FLOAT32_MAX)
-
-
-def _reciprocal(s: Array) -> Array:
-    return 1 / jnp.where(s == 0, 1.0, s)
-
-
-def _round_to(x: Array, dtype: Any) -> Array:
-    """Rounds float32 numbers to those that `dtype` holds, ties to even, so that the cast that follows is exact."""
-    info = jnp.finfo(dtype)
-    if info.bits == 32:
-        return x
-    # Only float16 must overflow here as its cast does; float8 is clipped before.
-    exponent_bits = 5 if dtype == jnp.float16 else 8
-    normal = lax.reduce_precision(x, exponent_bits=exponent_bits, mantissa_bits=info.nmant)
-    if dtype == jnp.bfloat16:
-        return normal
-    # reduce_precision flushes subnormals. Their spacing is a power of two, so this scaling is exact.
-    step = 2.0 ** (info.minexp - info.nmant)
-    return jnp.where(jnp.abs(x) < 2.0**info.minexp, jnp.round(x * (1 / step)) * step, normal)
-
-
-def _pairwise_sum(x: Array, axis: int) -> Array:
-    """Sum over an axis, kept at size 1, in an order that no compiler changes."""
-    axis %= x.ndim
-    while (size := x.shape[axis]) > 1:
-        half = size // 2
-        low, high = (lax.slice_in_dim(x, i * half, (i + 1) * half, axis=axis) for i in (0, 1))
-        rest = [lax.slice_in_dim(x, 2 * half, size, axis=axis)] if size % 2 else []
-        x = lax.concatenate([low + high, *rest], axis) if rest else low + high
-    return x
 
 
 # --- Codes -----------------------------------------------------------------------------------------------------
@@ -147,7 +100,7 @@ def _nearest_value(x: Array, format: Format) -> Array:
     if format.kind == "int":
         return lax.clamp(float(format.qmin), jnp.round(x), float(format.qmax))
     if format.kind == "float":
-        return _round_to(lax.clamp(-format.largest, x, format.largest), format.dtype)
+        return round_to(lax.clamp(-format.largest, x, format.largest), format.dtype)
     return _nearest_entry(x, format, format.values, jnp.float32)
 
 
@@ -256,13 +209,13 @@ def _accumulate(group: _Group, terms: Callable[[Array], tuple[Array, ...]]) -> t
 
     def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         new = terms(lax.dynamic_index_in_dim(x, i, axis=x.ndim - 3, keepdims=False))
-        return tuple(a + _finite(b) for a, b in zip(sums, new, strict=True))
+        return tuple(a + finite(b) for a, b in zip(sums, new, strict=True))
 
     steps = x.shape[-3]
     start = tuple(jnp.zeros_like(a) for a in jax.eval_shape(terms, x[..., 0, :, :]))
     sums = lax.fori_loop(0, steps, step, start, unroll=min(_UNROLL, steps))
-    sums = tuple(_pairwise_sum(a, -2) for a in sums)
-    return sums if group.low.shape[-1] == x.shape[-1] else tuple(_pairwise_sum(a, -1) for a in sums)
+    sums = tuple(pairwise_sum(a, -2) for a in sums)
+    return sums if group.low.shape[-1] == x.shape[-1] else tuple(pairwise_sum(a, -1) for a in sums)
 
 
 # --- Scale rules -----------------------------------------------------------------------------------------------
@@ -275,29 +228,38 @@ class _Choice(NamedTuple):
     zero: Array | None
 
 
-def _stored(scale: Array, spec: QuantSpec) -> Array:
+def _stored(scale: Array, scale_dtype: str) -> Array:
     """The scale as its dtype holds it: clamped to the largest finite number, 0 where it would be subnormal."""
-    dtype = jnp.dtype(spec.scale_dtype)
+    dtype = jnp.dtype(scale_dtype)
     largest = float(jnp.finfo(dtype).max)
-    scale = _round_to(lax.clamp(-largest, scale, largest), dtype)
+    scale = round_to(lax.clamp(-largest, scale, largest), dtype)
     return jnp.where(jnp.abs(scale) < FLOAT32_TINY, 0.0, scale)
 
 
-def _abs_max(group: _Group, spec: QuantSpec) -> _Choice:
-    format = spec.format
+def range_scale(
+    low: Array, high: Array, absmax: Array, format: Format, zero_point: bool, scale_dtype: str
+) -> tuple[Array, Array | None]:
+    """Scale and zero point (both float32, as they are stored) that cover the range from `low` <= 0 to `high` >= 0.
+
+    Without a zero point only `absmax`, the larger magnitude of the two, is read. The rule is that of `AbsMax`.
+    """
     half_range = jnp.float32((2**format.bits - 1) / 2)
-    if spec.zero_point:
+    if zero_point:
         # Halved, because the range of two finite numbers may overflow.
-        scale = _stored(_divide(group.high / 2 - group.low / 2, half_range), spec)
-        zero = jnp.round(format.qmin - _divide(group.low, scale))
-        return _Choice(scale, lax.clamp(float(format.qmin), zero, float(format.qmax)))
+        scale = _stored(divide(high / 2 - low / 2, half_range), scale_dtype)
+        zero = jnp.round(format.qmin - divide(low, scale))
+        return scale, lax.clamp(float(format.qmin), zero, float(format.qmax))
     divisor = half_range if format.kind == "int" else jnp.float32(format.largest)
-    return _Choice(_stored(_divide(group.absmax, divisor), spec), None)
+    return _stored(divide(absmax, divisor), scale_dtype), None
+
+
+def _abs_max(group: _Group, spec: QuantSpec) -> _Choice:
+    return _Choice(*range_scale(group.low, group.high, group.absmax, spec.format, spec.zero_point, spec.scale_dtype))
 
 
 def _signed_max(group: _Group, spec: QuantSpec) -> _Choice:
     extreme = jnp.where(group.high == group.absmax, group.high, -group.absmax)
-    return _Choice(_stored(extreme / spec.format.qmin, spec), None)  # qmin is a power of two: exact
+    return _Choice(_stored(extreme / spec.format.qmin, spec.scale_dtype), None)  # qmin is a power of two: exact
 
 
 # Ends of the search grid as parts of the range that AbsMax covers. Below 1, the largest values are clipped; above, the
@@ -317,10 +279,10 @@ def _grid_ends(group: _Group, spec: QuantSpec) -> tuple[Array, float]:
     first, last = _GRID_ENDS[format.kind]
     if format.kind == "float":
         return jnp.full_like(group.absmax, first), last
-    inverse = _reciprocal(group.absmax)
-    (squares,) = _accumulate(group, lambda x: (jnp.square(_finite(x * inverse)),))
+    inverse = reciprocal(group.absmax)
+    (squares,) = _accumulate(group, lambda x: (jnp.square(finite(x * inverse)),))
     size = jnp.asarray(group.size).reshape([1] * (inverse.ndim - 3) + [-1, 1, 1])
-    rms = jnp.sqrt(_divide(squares, size))
+    rms = jnp.sqrt(divide(squares, size))
     gaussian = (1.08 + 0.26 * format.bits) * rms
     outlier = jnp.asarray(1 / (1 + group.size / (3 * 4.0**format.bits)), jnp.float32).reshape(size.shape)
     # A bound need not be precise.
@@ -347,18 +309,18 @@ def _fit(group: _Group, choice: _Choice, unit: Array, format: Format) -> _Fit:
     f = <y - q, q> / <q, q>, and it leaves the error s^2 (<y - q, y - q> - f <y - q, q>).
     """
     scale, zero = choice
-    inverse = _reciprocal(scale)
+    inverse = reciprocal(scale)
 
     def terms(x: Array) -> tuple[Array, Array, Array]:
-        y = _finite(x * inverse)
+        y = finite(x * inverse)
         q = _nearest_value(y, format) if zero is None else _nearest_value(y + zero, format) - zero
         d = y - q
         return d * d, d * q, q * q
 
     dd, dq, qq = _accumulate(group, terms)
-    f = _finite(dq * _reciprocal(qq))
-    squared = jnp.square(_finite(scale * _reciprocal(unit)))
-    return _Fit(squared * dd, squared * (dd - _finite(f * dq)), scale + _finite(scale * f))
+    f = finite(dq * reciprocal(qq))
+    squared = jnp.square(finite(scale * reciprocal(unit)))
+    return _Fit(squared * dd, squared * (dd - finite(f * dq)), scale + finite(scale * f))
 
 
 class _Search(NamedTuple):
@@ -388,15 +350,15 @@ def _coarse_search(group: _Group, spec: QuantSpec, unit: Array, points: int, var
     def propose(fraction: Array, variant: Array) -> _Choice:
         part = last * jnp.exp2(fraction * octaves)
         if not spec.zero_point:
-            return _Choice(_stored(_coarse(variant * part * covering), spec), None)
-        scale = _stored(_coarse(part * covering), spec)
-        zero = jnp.floor(format.qmin - _finite(group.low * part * _reciprocal(scale)) + variant)
+            return _Choice(_stored(_coarse(variant * part * covering), spec.scale_dtype), None)
+        scale = _stored(_coarse(part * covering), spec.scale_dtype)
+        zero = jnp.floor(format.qmin - finite(group.low * part * reciprocal(scale)) + variant)
         return _Choice(scale, lax.clamp(float(format.qmin), zero, float(format.qmax)))
 
     def step(search: _Search, candidate: tuple[Array, Array]) -> tuple[_Search, None]:
         choice = propose(*candidate)
         fit = _fit(group, choice, unit, format)
-        refined = _Choice(_stored(_coarse(fit.refined_scale), spec), choice.zero)
+        refined = _Choice(_stored(_coarse(fit.refined_scale), spec.scale_dtype), choice.zero)
         return search.offer(fit.refined_error, refined), None
 
     fractions = np.linspace(0, 1, points, dtype=np.float32) if points > 1 else np.zeros(1, np.float32)
@@ -425,7 +387,7 @@ def _mse_search(group: _Group, spec: QuantSpec) -> _Choice:
     found = _coarse_search(group, spec, start.scale, rule.points * 2 // len(variants), variants)
 
     def step(search: _Search, factor: Array) -> tuple[_Search, None]:
-        near = _Choice(_stored(_coarse(found.scale * factor), spec), found.zero)
+        near = _Choice(_stored(_coarse(found.scale * factor), spec.scale_dtype), found.zero)
         choice = jax.tree.map(functools.partial(jnp.where, factor == 0), start, near)
         return search.offer(_fit(group, choice, start.scale, spec.format).error, choice), None
 
@@ -475,13 +437,13 @@ def _nest(scale: Float[Array, "*stack G N"]) -> Scales:
     """8-bit codes of scales around their mean, in blocks of 256 along `(N, G)` (section 3 of arXiv 2305.14314)."""
     *stack, g, n = scale.shape
     flat = jnp.swapaxes(scale, -1, -2).reshape(*stack, n * g)
-    offset = _divide(_pairwise_sum(flat, -1), jnp.float32(max(1, n * g)))  # (*stack, 1)
+    offset = divide(pairwise_sum(flat, -1), jnp.float32(max(1, n * g)))  # (*stack, 1)
     blocks = -(-n * g // NESTED_BLOCK)
     padding = [(0, 0)] * len(stack) + [(0, blocks * NESTED_BLOCK - n * g)]
     centred = jnp.pad(flat - offset, padding).reshape(*stack, blocks, NESTED_BLOCK)
     absmax = jnp.max(jnp.abs(centred), axis=-1, keepdims=True, initial=0.0)  # (*stack, B, 1)
-    unit = centred * _reciprocal(absmax)
-    step = jnp.floor(_finite((unit + 1) / 2 * 65535) + 0.5).astype(jnp.int32)
+    unit = centred * reciprocal(absmax)
+    step = jnp.floor(finite((unit + 1) / 2 * 65535) + 0.5).astype(jnp.int32)
     codes = jnp.searchsorted(jnp.asarray(_dynamic_steps()), step).astype(jnp.uint8)
     codes = codes.reshape(*stack, blocks * NESTED_BLOCK)[..., : n * g].reshape(*stack, n, g)
     return Scales(jnp.swapaxes(codes, -1, -2), None, absmax, offset[..., None])
@@ -495,7 +457,7 @@ def resolve_scales(scales: Scales) -> Float[Array, "*stack G N"]:
     unit = jnp.asarray(dynamic_map())[scales.values.astype(jnp.int32)]
     absmax = jnp.broadcast_to(scales.absmax, (*scales.absmax.shape[:-1], NESTED_BLOCK))
     absmax = absmax.reshape(*stack, -1)[..., : n * g].reshape(*stack, n, g)
-    return _finite(unit * jnp.swapaxes(absmax, -1, -2)) + scales.offset
+    return finite(unit * jnp.swapaxes(absmax, -1, -2)) + scales.offset
 
 
 def plain_scales(scales: Scales) -> Scales:
@@ -513,10 +475,10 @@ def _quantize(w: Array, *, spec: QuantSpec) -> tuple[Array, Scales, Array]:
     group = _groups(w, spec)
     scale, zero = _CHOOSE[type(spec.scale_rule)](group, spec)
     if spec.format.kind == "int":
-        y = _divide(group.x, scale)
+        y = divide(group.x, scale)
         y = y if zero is None else y + zero
     else:
-        y = group.x * _reciprocal(scale)  # as bitsandbytes computes it
+        y = group.x * reciprocal(scale)  # as bitsandbytes computes it
     # Rounding the scale to its dtype may push the extreme value of a group past half a step. That is no clipping:
     # without the slack such a value would get no gradient for as long as the scale happens to be rounded down.
     slack = 1 + float(jnp.finfo(spec.scale_dtype).eps)
@@ -535,8 +497,8 @@ def _dequantize(codes: Array, scales: Scales, *, spec: QuantSpec, dtype: Any) ->
     values = decode_codes(codes, spec.format)
     if scales.zero is not None:
         values = values - _repeat(scales.zero.astype(jnp.float32), k, spec)
-    values = _finite(values * _repeat(resolve_scales(scales), k, spec))
-    return _round_to(values, dtype).astype(dtype)
+    values = finite(values * _repeat(resolve_scales(scales), k, spec))
+    return round_to(values, dtype).astype(dtype)
 
 
 def quantize(w: Float[Array | np.ndarray, "*stack K N"], spec: QuantSpec) -> tuple[Int8[Array, "*stack K N"], Scales]:
@@ -568,19 +530,27 @@ def fake_quant(w: Float[Array, "*stack K N"], spec: QuantSpec) -> Float[Array, "
     it lies more than half a step beyond the last code (and a rounding error of the scale). Scales count as constants
     (arXiv 1308.3432).
     """
+    return fake_quant_with_codes(w, spec)[0]
+
+
+def fake_quant_with_codes(
+    w: Float[Array, "*stack K N"], spec: QuantSpec
+) -> tuple[Float[Array, "*stack K N"], Int8[Array, "*stack K N"], Scales]:
+    """`fake_quant(w)`, and the codes and scales that it stands for."""
     codes, scales, rounded = _quantize(lax.stop_gradient(w), spec=spec)
-    return _straight_through(w, _dequantize(codes, scales, spec=spec, dtype=w.dtype), rounded)
+    smooth = jnp.where(rounded, w, lax.stop_gradient(w))
+    return straight_through(smooth, _dequantize(codes, scales, spec=spec, dtype=w.dtype)), codes, scales
 
 
 @jax.custom_jvp
-def _straight_through(w: Array, value: Array, rounded: Bool[Array, "*stack K N"]) -> Array:
+def straight_through(smooth: Float[Array, "*S"], value: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """`value`, with the derivative of `smooth`."""
     return value
 
 
-@_straight_through.defjvp
+@straight_through.defjvp
 def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    out = _straight_through(*primals)
-    return out, jnp.where(primals[2], tangents[0], jnp.zeros_like(out))
+    return straight_through(*primals), tangents[0]
 
 
 def check_finite(w: Any, path: str) -> None:
@@ -589,13 +559,13 @@ def check_finite(w: Any, path: str) -> None:
     Raises:
         ValueError: with the parameter's path, how many entries are not finite, the first of them and what to do.
     """
-    finite = jnp.isfinite(jnp.asarray(w))
-    if finite.all():
+    ok = jnp.isfinite(jnp.asarray(w))
+    if ok.all():
         return
-    bad = np.argwhere(~np.asarray(finite))
+    bad = np.argwhere(~np.asarray(ok))
     first = tuple(int(i) for i in bad[0])
     raise ValueError(
-        f"qjax: {path!r} has {len(bad)} of {finite.size} entries that are NaN or infinite, the first at "
+        f"qjax: {path!r} has {len(bad)} of {ok.size} entries that are NaN or infinite, the first at "
         f"{list(first)}: {np.asarray(w)[first]}. No scale fits them. Repair the weights, or keep the parameter in "
         f"float with Rule({path!r}, weights=None)."
     )

@@ -207,15 +207,29 @@ def quantize(w: Float[Array, ...], spec: QuantSpec, layout: Layout, order: Liter
         order: storage order of the packed matrix; "nk" for lookup tables.
     """
     codes, scales = numerics.quantize(layout.to_matrix(w), spec)
+    return _packed(codes, scales, spec, layout, w.dtype, order)
+
+
+def _packed(
+    codes: Array, scales: numerics.Scales, spec: QuantSpec, layout: Layout, dtype: Any, order: Literal["kn", "nk"]
+) -> QTensor:
     words = packing.pack(codes, spec.format)
     if order == "nk":
         words, scales = jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2) if a.ndim >= 2 else a, (words, scales))
-    return QTensor(words, scales, spec, layout, jnp.dtype(w.dtype), order)
+    return QTensor(words, scales, spec, layout, jnp.dtype(dtype), order)
 
 
 def fake_quant(w: Float[Array, ...], spec: QuantSpec, layout: Layout) -> Float[Array, ...]:
     """What `quantize` would store, as a float parameter of the same shape, with a straight-through gradient."""
     return layout.from_matrix(numerics.fake_quant(layout.to_matrix(w), spec))
+
+
+def fake_quant_with_codes(
+    w: Float[Array, ...], spec: QuantSpec, layout: Layout, order: Literal["kn", "nk"] = "kn"
+) -> tuple[Float[Array, ...], QTensor]:
+    """`fake_quant(w)`, and the QTensor `quantize(lax.stop_gradient(w))` whose value it is; scales are chosen once."""
+    value, codes, scales = numerics.fake_quant_with_codes(layout.to_matrix(w), spec)
+    return layout.from_matrix(value), _packed(codes, scales, spec, layout, w.dtype, order)
 
 
 @jax.tree_util.register_pytree_with_keys_class

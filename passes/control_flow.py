@@ -149,8 +149,13 @@ def bodies(eqn: Any) -> list[Body]:
 
 # --- Rebuilding -------------------------------------------------------------------------------------------
 #
-# Each rule is rebuild(eqn, values, run, ref). `run(body_name, values, index=None)` replays the named body on values
-# that may hold Refs and returns its results, Refs among them made float. `ref` is the Ref type.
+# Each rule is rebuild(eqn, values, run, is_ref) -> (results, taps). `run(body_name, values, index=None)` replays the
+# named body on values that may hold Refs; it returns the body's results, Refs among them made float, and the statistics
+# tapped in it (`passes.observe.Statistic`, by name), which leave the body as further results. Those of a scan come out
+# stacked. A while loop cannot let any out: the plan puts none there.
+
+Taps = dict[str, Any]
+Rebuilt = tuple[list[Any], Taps]
 
 
 def _float(value: Any) -> Any:
@@ -158,7 +163,7 @@ def _float(value: Any) -> Any:
     return value.materialize() if hasattr(value, "materialize") else value
 
 
-def _rebuild_scan(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_scan(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> Rebuilt:
     params = eqn.params
     n_consts, n_carry = _scan_counts(params)
     kept = _invariant(params["jaxpr"], n_consts, n_carry)
@@ -169,30 +174,31 @@ def _rebuild_scan(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any],
     sliced = [i for i, x in enumerate(xs) if not is_ref(x)]
 
     def body(state, step):
-        index, slices = step
-        full_carry, full_xs = list(carry), [x.index(0, index) if is_ref(x) else None for x in xs]
+        index, slices, shadows = step
+        full_carry = list(carry)
+        full_xs = [x.index(0, index, shadow) if is_ref(x) else None for x, shadow in zip(xs, shadows, strict=True)]
         for i, value in zip(moving, state, strict=True):
             full_carry[i] = value
         for i, value in zip(sliced, slices, strict=True):
             full_xs[i] = value
-        out = run("scan", [*consts, *full_carry, *full_xs], index)
-        return [out[i] for i in moving], out[n_carry:]
+        out, taps = run("scan", [*consts, *full_carry, *full_xs], index)
+        return [out[i] for i in moving], (out[n_carry:], taps)
 
     indices = jnp.arange(params["length"], dtype=jnp.int32)
-    state, ys = lax.scan(
+    state, (ys, taps) = lax.scan(
         body,
         [carry[i] for i in moving],
-        (indices, [xs[i] for i in sliced]),
+        (indices, [xs[i] for i in sliced], [x.shadow if is_ref(x) else None for x in xs]),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
     for i, value in zip(moving, state, strict=True):
         carry[i] = value
-    return [*carry, *ys]
+    return [*carry, *ys], taps
 
 
-def _rebuild_while(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_while(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> Rebuilt:
     params = eqn.params
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     kept = _invariant(params["body_jaxpr"], n_body, len(eqn.outvars))
@@ -211,37 +217,50 @@ def _rebuild_while(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any]
         return whole
 
     def cond(state):
-        return run("while_cond", [*cond_consts, *full(state)])[0]
+        return run("while_cond", [*cond_consts, *full(state)])[0][0]
 
     def body(state):
-        out = run("while", [*body_consts, *full(state)])
+        out, _ = run("while", [*body_consts, *full(state)])
         return [out[i] for i in moving]
 
-    return full(lax.while_loop(cond, body, [carry[i] for i in moving]))
+    return full(lax.while_loop(cond, body, [carry[i] for i in moving])), {}
 
 
-def _rebuild_cond(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_cond(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> Rebuilt:
     index, operands = values[0], values[1:]
     plain = [i for i, v in enumerate(operands) if not is_ref(v)]
+    taps: Taps = {}
 
     def branch(name: str) -> Callable[..., list[Any]]:
         def fn(*args):
             full = list(operands)
             for i, value in zip(plain, args, strict=True):
                 full[i] = value
-            return run(name, full)
+            out, own = run(name, full)
+            return out, {**taps, **own}
 
         return fn
 
     branches = [branch(f"branch{i}") for i in range(len(eqn.params["branches"]))]
-    return lax.switch(_float(index), branches, *(operands[i] for i in plain))
+    arguments = [operands[i] for i in plain]
+    shapes = [jax.eval_shape(fn, *arguments)[1] for fn in branches]
+    for own in shapes:  # a branch that does not reach a tap gives the statistic of no values
+        taps.update({name: statistic.nothing() for name, statistic in own.items()})
+    return lax.switch(_float(index), branches, *arguments)
 
 
 def _is_specified(sharding: Any) -> bool:
     return isinstance(sharding, jax.sharding.Sharding)
 
 
-def _rebuild_jit(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def is_plain_jit(eqn: Any) -> bool:
+    """Whether an equation is a `jit` that constrains no sharding, so that its body may stand in its place."""
+    if eqn.primitive is not prims.jit_p:
+        return False
+    return not any(map(_is_specified, (*eqn.params["in_shardings"], *eqn.params["out_shardings"])))
+
+
+def _rebuild_jit(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> Rebuilt:
     params = eqn.params
     values = [
         lax.with_sharding_constraint(v, s) if _is_specified(s) and not is_ref(v) else v
@@ -252,14 +271,15 @@ def _rebuild_jit(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], 
         return run("jit", list(args))
 
     fn.__name__ = fn.__qualname__ = str(params["name"])
-    out = jax.jit(fn)(*values)
-    return [
+    out, taps = jax.jit(fn)(*values)
+    out = [
         lax.with_sharding_constraint(v, s) if _is_specified(s) else v
         for v, s in zip(out, params["out_shardings"], strict=True)
     ]
+    return out, taps
 
 
-def _rebuild_remat(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_remat(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> Rebuilt:
     fn = jax.checkpoint(
         lambda *args: run("remat", list(args)),
         prevent_cse=eqn.params["prevent_cse"],
@@ -268,16 +288,16 @@ def _rebuild_remat(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any]
     return fn(*values)
 
 
-def _rebuild_call(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_call(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> Rebuilt:
     return run("call", values)
 
 
-def _rebuild_custom_jvp(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_custom_jvp(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> Rebuilt:
     """The rewritten body forward; the user's own rule, on the dequantized parameter, for tangents."""
 
     @jax.custom_jvp
     def fn(*args):
-        return run("custom_jvp", list(args))
+        return run("custom_jvp", list(args))[0]
 
     @fn.defjvp
     def _(primals, tangents):
@@ -292,15 +312,15 @@ def _rebuild_custom_jvp(eqn: Any, values: list[Any], run: Any, is_ref: Callable[
         _, out = jax.jvp(original, [primals[i] for i in plain], [tangents[i] for i in plain])
         return fn(*primals), out
 
-    return fn(*values)
+    return fn(*values), {}
 
 
-def _rebuild_custom_vjp(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_custom_vjp(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> Rebuilt:
     """The rewritten body forward; the user's own rule, on the dequantized parameter, backward."""
 
     @jax.custom_vjp
     def fn(*args):
-        return run("custom_vjp", list(args))
+        return run("custom_vjp", list(args))[0]
 
     def backward(args, cotangents):
         # Only float operands have a gradient; the packed ones and the integers get none.
@@ -319,10 +339,10 @@ def _rebuild_custom_vjp(eqn: Any, values: list[Any], run: Any, is_ref: Callable[
         return tuple(out)
 
     fn.defvjp(lambda *args: (fn(*args), args), backward)
-    return fn(*values)
+    return fn(*values), {}
 
 
-def _rebuild_shard_map(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> list[Any]:
+def _rebuild_shard_map(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> Rebuilt:
     params = eqn.params
     mesh, specs, values = params["mesh"], list(params["in_specs"]), list(values)
     locals_: list[Callable[[Any], Any]] = []
@@ -337,9 +357,9 @@ def _rebuild_shard_map(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[
             locals_.append(lambda v: v)
 
     def fn(*args):
-        return run("shard_map", [local(v) for local, v in zip(locals_, args, strict=True)])
+        return run("shard_map", [local(v) for local, v in zip(locals_, args, strict=True)])[0]
 
-    return jax.shard_map(
+    out = jax.shard_map(
         fn,
         mesh=mesh,
         in_specs=tuple(specs),
@@ -347,10 +367,11 @@ def _rebuild_shard_map(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[
         check_vma=params["check_vma"],
         axis_names=set(params["newly_manual_axes"]),
     )(*values)
+    return out, {}
 
 
-# primitive -> rebuild(eqn, values, run, is_ref) -> results
-REBUILD: dict[Primitive, Callable[..., list[Any]]] = {
+# primitive -> rebuild(eqn, values, run, is_ref) -> (results, taps)
+REBUILD: dict[Primitive, Callable[..., Rebuilt]] = {
     prims.scan_p: _rebuild_scan,
     prims.while_p: _rebuild_while,
     prims.cond_p: _rebuild_cond,

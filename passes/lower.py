@@ -8,7 +8,9 @@ replay then dequantizes it there.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,7 +37,7 @@ def _sizes(atoms: list[Atom]) -> tuple[int, ...]:
     return tuple(atom.size for atom in atoms)
 
 
-def _pick(ref: Ref, batch: list[Atom]) -> tuple[QTensor, Array | int | None] | None:
+def pick(ref: Ref, batch: list[Atom]) -> tuple[QTensor, Array | int | None] | None:
     """The QTensor whose stack is `batch` in the parameter's order, and the layer to pick from it.
 
     None where the stack axes of the packed arrays are not the factors that the program indexes.
@@ -53,9 +55,25 @@ def _pick(ref: Ref, batch: list[Atom]) -> tuple[QTensor, Array | int | None] | N
     return q, None
 
 
-def lower_dot(eqn: Any, values: list[Any], operand: int) -> list[Any] | None:
-    """`dot_general` with a packed operand on either side, any contracted, batch and free axes."""
-    ref, x = values[operand], values[1 - operand]
+@dataclasses.dataclass(frozen=True)
+class DotForm:
+    """A `dot_general` with a packed operand as a product of matrices.
+
+    Attributes:
+        weight, layer: the packed matrix `(*stack, K, N)`, as `quantized_matmul` takes it.
+        rows: brings the other operand into the form `(*stack, M, K)`; one of size 1 along the contracted axes (a scale
+            for each row) becomes `(*stack, M, 1)`.
+        result: brings `(*stack, M, N)` into the form of the result.
+    """
+
+    weight: QTensor
+    layer: Array | int | None
+    rows: Callable[[Array], Array]
+    result: Callable[[Array], Array]
+
+
+def dot_form(eqn: Any, ref: Ref, operand: int) -> DotForm | None:
+    """How operand `operand`, a packed parameter, is multiplied; None where it was packed for another reading."""
     params = eqn.params
     view, q = ref.view, ref.base
     roles = SITES[prims.dot_general_p][2](eqn, operand)
@@ -64,44 +82,58 @@ def lower_dot(eqn: Any, values: list[Any], operand: int) -> list[Any] | None:
     contract, batch = params["dimension_numbers"]
     w_contract, x_contract = contract[operand], contract[1 - operand]
     w_batch, x_batch = batch[operand], batch[1 - operand]
-    x_free = [i for i in range(x.ndim) if i not in (*x_contract, *x_batch)]
+    x_shape = eqn.invars[1 - operand].aval.shape
+    x_free = [i for i in range(len(x_shape)) if i not in (*x_contract, *x_batch)]
     w_free = [i for i in range(len(view.axes)) if i not in (*w_contract, *w_batch)]
 
     batch_atoms = [atom for i in w_batch for atom in view.axes[i]]
-    picked = _pick(ref, batch_atoms)
+    picked = pick(ref, batch_atoms)
     if picked is None:
         return None
-    weight, layer = picked
-
-    # x: (batch factors, free, contracted factors), each in the order of the packed matrix
     k_atoms = [atom for i in w_contract for atom in view.axes[i]]
     b_order, k_order = _in_order(batch_atoms), _in_order(k_atoms)
-    free = [x.shape[i] for i in x_free]
+    free = [x_shape[i] for i in x_free]
     nb, nf = len(batch_atoms), len(free)
-    x = x.transpose(*x_batch, *x_free, *x_contract)
-    x = x.reshape(*_sizes(batch_atoms), *free, *_sizes(k_atoms))
-    x = x.transpose(*b_order, *range(nb, nb + nf), *(nb + nf + i for i in k_order))
     b_sizes = _sizes([batch_atoms[i] for i in b_order])
-    x = x.reshape(*b_sizes, math.prod(free), q.layout.k)  # (*stack, M, K)
 
-    out = quantized_matmul(
-        x,
-        weight,
-        layer=layer,
-        casts=view.casts,
-        precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
-    )
+    def rows(x: Array) -> Array:
+        """(batch factors, free, contracted factors), each in the order of the packed matrix, then merged."""
+        whole = all(x.shape[i] == x_shape[i] for i in x_contract)
+        x = x.transpose(*x_batch, *x_free, *x_contract)
+        x = x.reshape(*_sizes(batch_atoms), *free, *(_sizes(k_atoms) if whole else (1,)))
+        x = x.transpose(*b_order, *range(nb, nb + nf), *(nb + nf + i for i in (k_order if whole else (0,))))
+        return x.reshape(*b_sizes, math.prod(free), q.layout.k if whole else 1)
 
-    # out (*stack, M, N) -> batch axes, then the free axes of both operands in the order dot_general has them
     n_atoms = [atom for i in w_free for atom in view.axes[i]]
     n_order = _in_order(n_atoms)
-    out = out.reshape(*b_sizes, *free, *_sizes([n_atoms[i] for i in n_order]))
-    b_back = [b_order.index(i) for i in range(nb)]
-    n_back = [nb + nf + n_order.index(i) for i in range(len(n_atoms))]
-    x_part = list(range(nb, nb + nf))
-    out = out.transpose(*b_back, *(n_back + x_part if operand == 0 else x_part + n_back))
-    return [out.reshape(eqn.outvars[0].aval.shape)]
+
+    def result(out: Array) -> Array:
+        """Batch axes, then the free axes of both operands in the order in which dot_general has them."""
+        out = out.reshape(*b_sizes, *free, *_sizes([n_atoms[i] for i in n_order]))
+        b_back = [b_order.index(i) for i in range(nb)]
+        n_back = [nb + nf + n_order.index(i) for i in range(len(n_atoms))]
+        x_part = list(range(nb, nb + nf))
+        out = out.transpose(*b_back, *(n_back + x_part if operand == 0 else x_part + n_back))
+        return out.reshape(eqn.outvars[0].aval.shape)
+
+    return DotForm(*picked, rows, result)
+
+
+def lower_dot(eqn: Any, values: list[Any], operand: int) -> list[Any] | None:
+    """`dot_general` with a packed operand on either side, any contracted, batch and free axes."""
+    ref, x = values[operand], values[1 - operand]
+    form = dot_form(eqn, ref, operand)
+    if form is None:
+        return None
+    out = quantized_matmul(
+        form.rows(x),
+        form.weight,
+        layer=form.layer,
+        casts=ref.view.casts,
+        precision=eqn.params["precision"],
+        preferred_element_type=eqn.params["preferred_element_type"],
+    )
+    return [form.result(out)]
 
 
 def lower_take(eqn: Any, values: list[Any], operand: int) -> list[Any] | None:

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels.formats import QuantSpec
+from pallas_kernels.activations import ActSpec
+from pallas_kernels.formats import PerGroup, QuantSpec
 from pallas_kernels.qtensor import Layout, packed_nbytes
-from passes.sites import Fold, Site, Sites
+from passes.sites import Address, Fold, Site, Sites, Unweighted
 
 
 class PlanError(ValueError):
@@ -49,10 +50,14 @@ class Rule:
             says why the rest stays float. One that ends in a name ("**/kernel") means each parameter that it matches:
             one that cannot be quantized is an error.
         weights: the format of the weight, or None to keep it float.
+        activations: how the inputs of its matmuls and convolutions are quantized, or None to keep them float. Matmuls
+            of two activations are named "matmul:0", "matmul:1", ... in the plan: a rule for "matmul:*" (and only one
+            that says "matmul:") quantizes both of their inputs.
     """
 
     pattern: str
     weights: QuantSpec | None = None
+    activations: ActSpec | None = None
 
     def __post_init__(self):
         if not isinstance(self.pattern, str) or not self.pattern:
@@ -62,6 +67,18 @@ class Rule:
                 f"qjax: Rule({self.pattern!r}): weights is a format such as qjax.int4(group=64), or None for "
                 f"float; got {self.weights!r}."
             )
+        if self.activations is not None and not isinstance(self.activations, ActSpec):
+            raise TypeError(
+                f"qjax: Rule({self.pattern!r}): activations is one of qjax.dynamic(), qjax.static(), qjax.lsq() and "
+                f"qjax.pact(), or None for float; got {self.activations!r}."
+            )
+        if self.activations is not None and self.weights is None and not self.for_matmuls:
+            raise ValueError(
+                f"qjax: {self} quantizes activations but not the weights that they are multiplied with. Give it "
+                "weights, such as weights=qjax.int8()."
+            )
+        if self.for_matmuls and self.weights is not None:
+            raise ValueError(f"qjax: {self} is for matmuls of two activations: they have no weights. Drop weights=.")
 
     def matches(self, path: str) -> bool:
         """Whether the whole path matches."""
@@ -72,17 +89,73 @@ class Rule:
         """Whether the pattern ends in a wildcard: it takes what can be quantized."""
         return not self.pattern.rpartition("/")[2].strip("*?")
 
+    @property
+    def for_matmuls(self) -> bool:
+        """Whether the rule is for matmuls of two activations."""
+        return "matmul:" in self.pattern
+
     def __str__(self) -> str:
-        return f"Rule({self.pattern!r}, weights={self.weights})"
+        activations = f", activations={self.activations}" if self.activations else ""
+        return f"Rule({self.pattern!r}, weights={self.weights}{activations})"
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict that `from_json` reads back."""
-        return {"pattern": self.pattern, "weights": self.weights and self.weights.to_json()}
+        out: dict[str, Any] = {"pattern": self.pattern, "weights": self.weights and self.weights.to_json()}
+        return out | ({"activations": self.activations.to_json()} if self.activations else {})
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Rule:
         """Reads what `to_json` wrote."""
-        return Rule(data["pattern"], data["weights"] and QuantSpec.from_json(data["weights"]))
+        activations = data.get("activations")
+        return Rule(
+            data["pattern"],
+            data["weights"] and QuantSpec.from_json(data["weights"]),
+            activations and ActSpec.from_json(activations),
+        )
+
+
+Product = Literal["integer", "float"]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedInput:
+    """One input of a matmul or convolution that is quantized.
+
+    Attributes:
+        operand: which operand of the equation it is.
+        flow: inputs of equal flow and axes in one body are quantized once.
+        axes: the axes that the product contracts.
+        range: name under which its range is kept, where that is known before the call.
+    """
+
+    operand: int
+    flow: int
+    axes: tuple[int, ...]
+    range: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedSite:
+    """The decision for the inputs of one equation.
+
+    Attributes:
+        name: of the parameter or fold that they are multiplied with, or of the matmul.
+        address: of the equation.
+        weight: the operand that is the parameter; None where both are activations.
+        spec: how the inputs are quantized.
+        inputs: one, or both of a matmul of activations.
+        product: "integer": codes are multiplied and added up as integers. "float": the quantized values are multiplied
+            as floats, where weights are no integers, or share no scale along what a convolution contracts.
+        loops: the scans around it that run over layers: its range has an entry for each of their steps.
+    """
+
+    name: str
+    address: Address
+    weight: int | None
+    spec: ActSpec
+    inputs: tuple[QuantizedInput, ...]
+    product: Product
+    loops: tuple[Address, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +173,7 @@ class Entry:
         folded_into: for a parameter: the quantized folds that absorb it.
         kept: whether the parameter itself is needed beside the folds that absorb it.
         sources: for a fold: the parameters it is made from.
+        activations: how the inputs of its matmuls are quantized, or None where they stay float.
     """
 
     name: str
@@ -113,6 +187,7 @@ class Entry:
     folded_into: tuple[str, ...] = ()
     kept: bool = True
     sources: tuple[str, ...] = ()
+    activations: ActSpec | None = None
 
     @property
     def size(self) -> int:
@@ -138,11 +213,13 @@ class Plan:
 
     Attributes:
         entries: one per parameter, in path order, then one per fold.
-        unweighted: matmuls without a parameter, as (what, reason).
+        unweighted: matmuls and convolutions without a parameter, as (what, what is done or why nothing is).
+        sites: the matmuls and convolutions whose inputs are quantized, in program order.
     """
 
     entries: tuple[Entry, ...]
     unweighted: tuple[tuple[str, str], ...]
+    sites: tuple[QuantizedSite, ...] = ()
 
     @functools.cached_property
     def _by_name(self) -> dict[str, Entry]:
@@ -187,6 +264,7 @@ class Plan:
                     "ops": list(e.ops),
                     "reason": e.reason,
                     "bytes": [e.float_bytes, e.stored_bytes],
+                    **({"activations": str(e.activations)} if e.activations else {}),
                 }
                 for e in self.entries
             ],
@@ -206,6 +284,9 @@ class Plan:
         table.add_column("shape", overflow="fold")
         table.add_column("op")
         table.add_column("format")
+        with_inputs = any(e.activations for e in self.entries)
+        if with_inputs:
+            table.add_column("input")
         table.add_column("float", justify="right", footer=float_mb)
         table.add_column("stored", justify="right", footer=packed_mb)
         table.add_column("bits/w", justify="right", footer=f"{self.bits_per_weight:.2f}")
@@ -215,14 +296,16 @@ class Plan:
             bits = f"{8 * e.stored_bytes / e.size:.2f}" if e.size else "-"
             fmt = str(e.spec) if e.spec else "folded" if e.folded_into else "float"
             source_bytes = "" if e.sources else _bytes(e.float_bytes)
-            table.add_row(e.name, shape, " ".join(e.ops), fmt, source_bytes, _bytes(e.stored_bytes), bits, e.reason)
+            inputs = [str(e.activations or ("float" if e.ops else ""))] if with_inputs else []
+            row = (e.name, shape, " ".join(e.ops), fmt, *inputs, source_bytes, _bytes(e.stored_bytes), bits, e.reason)
+            table.add_row(*row)
         return table
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=1000, color_system=None)  # never wraps: paths can be searched for
         console.print(self)
         for what, reason in self.unweighted:
-            console.print(f"matmul without a parameter: {what}: {reason}")
+            console.print(f"{what}: {reason}")
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines())
 
@@ -284,12 +367,14 @@ def make_plan(sites: Sites, rules: Sequence[Rule], *, strict: bool = True) -> Pl
     maker = _Planner(sites, rules)
     folds = [maker.fold(fold) for fold in sites.folds.values()]
     entries = [maker.param(path, [f for f in folds if path in f.sources]) for path in sites.params]
+    matmuls = [maker.matmul(u) for u in sites.unweighted]
     problems = maker.problems + maker.idle_rules()
     if problems and strict:
         head = "qjax: the recipe does not fit the model (strict=True):"
         raise PlanError("\n  - ".join([head, *problems]))
-    unweighted = tuple((f"{u.op} {' x '.join(str(list(s)) for s in u.shapes)}", u.reason) for u in sites.unweighted)
-    return Plan((*entries, *folds), unweighted)
+    order = {site.address: i for i, site in enumerate([*sites.sites, *sites.unweighted])}
+    quantized = sorted(maker.quantized, key=lambda site: order[site.address])
+    return Plan((*entries, *folds), tuple(matmuls), tuple(maker.name_ranges(quantized)))
 
 
 class _Planner:
@@ -301,12 +386,14 @@ class _Planner:
         self.problems: list[str] = []
         self.decided = [0] * len(rules)  # parameters for which a rule is the first match
         self.applied = [0] * len(rules)  # values that it gave a format
+        self.quantized: list[QuantizedSite] = []
+        self.layer_loops = sites.layer_loops()
         self.by_source: dict[str, list[Site]] = {}
         for site in sites.sites:
             self.by_source.setdefault(site.source, []).append(site)
 
     def rule(self, path: str) -> int | None:
-        return next((i for i, rule in enumerate(self.rules) if rule.matches(path)), None)
+        return next((i for i, rule in enumerate(self.rules) if rule.matches(path) and not rule.for_matmuls), None)
 
     def param(self, path: str, folds: list[Entry]) -> Entry:
         param, uses, index = self.sites.params[path], self.sites.uses[path], self.rule(path)
@@ -336,13 +423,14 @@ class _Planner:
             why = "no rule matches it" if rule is None else f"kept float by {rule.pattern!r}"
             return dataclasses.replace(entry, reason=why)
         self.applied[index or 0] += 1
-        return self.pack(entry, rule.weights, layout, reason, own)
+        return self.pack(entry, rule, layout, reason, own)
 
     def fold(self, fold: Fold) -> Entry:
         parts = fold.expr.params
         weights = [path for path in parts if len(self.sites.params[path].shape) >= 2] or parts
         matched = sorted({self.rule(path) for path in weights}, key=str)  # of the kernels, not of their scales
-        specs = {self.rules[i].weights if i is not None else None for i in matched}
+        wanted = [self.rules[i] if i is not None else Rule("**") for i in matched]
+        specs = {(rule.weights, rule.activations) for rule in wanted}
         own = self.by_source[fold.name]
         ops = tuple(site.op for site in own)
         entry = Entry(fold.name, fold.shape, jnp.dtype(fold.dtype).name, None, ops=ops, sources=parts)
@@ -354,23 +442,121 @@ class _Planner:
             )
             return dataclasses.replace(entry, reason="rules disagree about its parts")
         layout, reason = _decide(fold.shape, own, [], 0)
-        spec = specs.pop()
-        if spec is None or layout is None:
+        if wanted[0].weights is None or layout is None:
             why = "no rule gives its parts a format" if layout else reason
             return dataclasses.replace(entry, reason=why)
         for i in matched:
             self.applied[i or 0] += 1
         reason = "; ".join(filter(None, [f"'{fold.what}' of {len(parts)}", reason]))
-        return self.pack(entry, spec, layout, reason, own)
+        return self.pack(entry, wanted[0], layout, reason, own)
 
-    def pack(self, entry: Entry, spec: QuantSpec, layout: Layout, reason: str, own: list[Site]) -> Entry:
-        order: Literal["kn", "nk"] = "nk" if all(s.op == "take" for s in own) else "kn"
-        return dataclasses.replace(entry, spec=spec, layout=layout, order=order, reason=reason)
+    def pack(self, entry: Entry, rule: Rule, layout: Layout, reason: str, own: list[Site]) -> Entry:
+        spec = rule.weights
+        assert spec is not None
+        done, notes = self.inputs(entry.name, rule, layout, own) if rule.activations else ([], [])
+        self.quantized += done
+        only_taken = all(s.op == "take" for s in own)
+        # integer dots on CPU and Hopper read a column of the weight at a time
+        whole = done and spec.format.bits == 8 and not isinstance(spec.granularity, PerGroup)
+        order: Literal["kn", "nk"] = "nk" if only_taken or whole else "kn"
+        reason = "; ".join(filter(None, [reason, *notes]))
+        activations = rule.activations if done else None
+        return dataclasses.replace(entry, spec=spec, layout=layout, order=order, reason=reason, activations=activations)
+
+    def inputs(self, name: str, rule: Rule, layout: Layout, own: list[Site]) -> tuple[list[QuantizedSite], list[str]]:
+        """The sites of a parameter whose inputs are quantized, and what to say of the others."""
+        spec, weights = rule.activations, rule.weights
+        assert spec is not None
+        assert weights is not None
+        done, notes = [], []
+        for site in own:
+            if site.op == "take":
+                continue
+            why = site.input if isinstance(site.input, str) else ""
+            if site.layout != layout:
+                why = "it reads the parameter along other axes"
+            if not spec.is_dynamic and any(part in ("while", "while_cond") for part in site.address):
+                why = "no range can be collected inside a while loop (a dynamic one would do)"
+            if why or isinstance(site.input, str):
+                notes.append(f"float input of {site.op}#{site.number}: {why}")
+                if not rule.sweeps:
+                    self.problems.append(
+                        f"{name!r} is named by {rule} but the input of its {site.op}#{site.number} cannot be "
+                        f"quantized: {why}. Put Rule({name!r}, weights=...) without activations before it."
+                    )
+                continue
+            integers = weights.format.kind == "int" and spec.format.kind == "int"
+            grouped = isinstance(weights.granularity, PerGroup) and weights.granularity.size < layout.k
+            product: Product = "integer"
+            if not integers:
+                product = "float"
+                notes.append(f"float product: {weights.format} times {spec.format}")
+            elif grouped and site.op in ("conv", "ragged"):
+                product = "float"
+                notes.append(f"float product: scales change along what the '{site.op}' contracts")
+            entering = QuantizedInput(site.input.operand, site.input.flow, site.input.axes, None)
+            done.append(
+                QuantizedSite(
+                    name if site.number == 0 else f"{name}#{site.number}",
+                    site.address,
+                    site.operand,
+                    spec,
+                    (entering,),
+                    product,
+                    self.loops(site.address),
+                )
+            )
+        return done, list(dict.fromkeys(notes))
+
+    def loops(self, address: Address) -> tuple[Address, ...]:
+        bodies = [address[:i] for i in range(len(address))]
+        return tuple(body for body in bodies if body in self.layer_loops)
+
+    def matmul(self, matmul: Unweighted) -> tuple[str, str]:
+        """What the plan says of a matmul of two activations."""
+        what = f"{matmul.name} {matmul.op} {' x '.join(str(list(s)) for s in matmul.shapes)}"
+        index = next((i for i, rule in enumerate(self.rules) if rule.for_matmuls and rule.matches(matmul.name)), None)
+        if index is None:
+            return what, matmul.reason
+        self.decided[index] += 1
+        rule = self.rules[index]
+        spec = rule.activations
+        if spec is None:
+            return what, f"kept float by {rule.pattern!r}"
+        inputs = matmul.inputs
+        if not isinstance(inputs, str) and not spec.is_dynamic and any("while" in str(p) for p in matmul.address):
+            inputs = "no range can be collected inside a while loop (a dynamic one would do)"
+        if isinstance(inputs, str):
+            if not rule.sweeps:
+                self.problems.append(f"{matmul.name!r} is named by {rule} but cannot be quantized: {inputs}.")
+            return what, f"{matmul.reason}; {inputs}"
+        self.applied[index] += 1
+        entering = tuple(QuantizedInput(i.operand, i.flow, i.axes, None) for i in inputs)
+        product: Product = "integer" if spec.format.kind == "int" else "float"
+        self.quantized.append(
+            QuantizedSite(matmul.name, matmul.address, None, spec, entering, product, self.loops(matmul.address))
+        )
+        return what, f"both inputs {spec}"
+
+    def name_ranges(self, sites: list[QuantizedSite]) -> list[QuantizedSite]:
+        """Names the ranges that are kept: sites that share an input and a spec share its range, the first names it."""
+        names: dict[Any, str] = {}
+        out = []
+        for site in sites:
+            inputs = []
+            for i, entering in enumerate(site.inputs):
+                key = (entering.flow, entering.axes, site.spec)
+                name = site.name if site.weight is not None else f"{site.name}/{i}"
+                kept = None if site.spec.is_dynamic else names.setdefault(key, name)
+                inputs.append(dataclasses.replace(entering, range=kept))
+            out.append(dataclasses.replace(site, inputs=tuple(inputs)))
+        return out
 
     def idle_rules(self) -> list[str]:
-        problems = check_patterns(self.rules, list(self.sites.params))
+        problems = check_patterns(self.rules, list(self.sites.params), [u.name for u in self.sites.unweighted])
         for i, rule in enumerate(self.rules):
-            matching = [path for path in self.sites.params if rule.matches(path)]
+            names = [u.name for u in self.sites.unweighted] if rule.for_matmuls else list(self.sites.params)
+            matching = [path for path in names if rule.matches(path)]
             if not matching:
                 continue
             if not self.decided[i]:
@@ -386,12 +572,22 @@ class _Planner:
         return problems
 
 
-def check_patterns(rules: Sequence[Rule], paths: Sequence[str]) -> list[str]:
-    """A sentence for each rule that matches none of the parameter paths."""
+def check_patterns(rules: Sequence[Rule], paths: Sequence[str], matmuls: Sequence[str] | None = None) -> list[str]:
+    """A sentence for each rule that matches none of the parameter paths, or none of the matmuls if it is for these.
+
+    Rules for matmuls are left out where `matmuls` is None: not known.
+    """
+    matmuls, for_matmuls = matmuls or (), [] if matmuls is None else [rule for rule in rules if rule.for_matmuls]
+    idle = [rule for rule in for_matmuls if not any(rule.matches(name) for name in matmuls)]
+    without = [
+        f"{rule} matches no matmul of two activations; the model has {', '.join(matmuls) or 'none'}. Mend its pattern "
+        "or remove the rule."
+        for rule in idle
+    ]
     close = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
     return [
         f"{rule} matches no parameter. Paths look like: {close or '(the model has none)'}. Mend its pattern or "
         "remove the rule."
         for rule in rules
-        if not any(rule.matches(path) for path in paths)
-    ]
+        if not rule.for_matmuls and not any(rule.matches(path) for path in paths)
+    ] + without

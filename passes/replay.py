@@ -7,12 +7,18 @@ included. Results have the shapes and dtypes of the program's own.
 A value in flight is an array; a `Ref`, a packed parameter seen through a view (views are tracked, not executed);
 or `Absorbed`, a parameter that lives on only inside a folded matrix. Where a `Ref` meets an equation that is
 neither a view nor taken by the handler, it is dequantized, so the result is right whatever the program does.
+
+In training a `Ref` has a shadow: the float value, with its gradient, that the program makes of the parameter. Views
+are executed on it, and it is what the `Ref` is as a float.
+
+Equations are taken over in two ways: by primitive where a packed parameter goes in (`rules`), and by address (`at`),
+which is how the plan has inputs quantized and observed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,18 +45,21 @@ class Ref:
     base: Any  # QTensor or array
     view: Any
     indices: Any = ()
+    shadow: Any = None
 
     def tree_flatten(self):
-        """Packed arrays and indices as leaves, the view static."""
-        return (self.base, self.indices), self.view
+        """Packed arrays, indices and shadow as leaves, the view static."""
+        return (self.base, self.indices, self.shadow), self.view
 
     @classmethod
     def tree_unflatten(cls, view, children):
         """Rebuilds from `tree_flatten`."""
-        return cls(children[0], view, children[1])
+        return cls(children[0], view, *children[1:])
 
     def materialize(self) -> Array:
         """The float value, as the program would have computed it from the dequantized parameter."""
+        if self.shadow is not None:
+            return self.shadow
         base = jax.jit(QTensor.dequantize)(self.base) if isinstance(self.base, QTensor) else self.base
         return self.view.apply(base, self.indices)
 
@@ -58,19 +67,19 @@ class Ref:
         """Whether one element of `axis` can be picked without making it float."""
         return self.view.index(axis, None) is not None
 
-    def index(self, axis: int, value: Any) -> Ref:
-        """The Ref of one element of `axis`."""
+    def index(self, axis: int, value: Any, shadow: Any = None) -> Ref:
+        """The Ref of one element of `axis`, with the shadow that belongs to it."""
         view = self.view.index(axis, ("run", len(self.view.indexed)))
         assert view is not None
         picked = (value,) if len(view.indexed) > len(self.view.indexed) else ()
-        return Ref(self.base, view, self.indices + picked)
+        return Ref(self.base, view, self.indices + picked, shadow)
 
     def shard(self, spec: PartitionSpec, mesh: Mesh) -> tuple[Ref, Callable[[Ref], Ref]] | None:
         """How `shard_map` should split the packed arrays, and what a shard's Ref is; None if it cannot.
 
         Leading stack axes and N may be sharded; K may not (a shard could cut a group or a word).
         """
-        if not isinstance(self.base, QTensor):
+        if not isinstance(self.base, QTensor) or self.shadow is not None:
             return None
         q, layout = self.base, self.base.layout
         lead = q.ndim - len(layout.axes)
@@ -108,6 +117,7 @@ class Absorbed:
     """Stands where a parameter was that only a folded matrix uses."""
 
     path: str
+    shadow = None
 
     def materialize(self) -> Absorbed:
         """Itself: it has no value."""
@@ -117,7 +127,7 @@ class Absorbed:
         """Always."""
         return True
 
-    def index(self, axis: int, value: Any) -> Absorbed:
+    def index(self, axis: int, value: Any, shadow: Any = None) -> Absorbed:
         """Itself."""
         return self
 
@@ -136,6 +146,30 @@ def is_ref(value: Any) -> bool:
 Rule = Callable[[Any, list[Any], int], list[Any] | None]
 
 
+@dataclasses.dataclass
+class Scope:
+    """What an equation that is taken over by address may know and leave behind; one for each body that is replayed.
+
+    Attributes:
+        indices: the loop index of each scan around the equation, by the address of its body.
+        memo: results that other equations of this body may use again.
+        taps: statistics by name, with the scans over whose steps they are to stay apart.
+    """
+
+    indices: Mapping[Address, Any]
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    taps: dict[str, tuple[Any, frozenset[Address]]] = dataclasses.field(default_factory=dict)
+
+    def tap(self, name: str, statistic: Any, loops: Iterable[Address]) -> None:
+        """Lets a statistic out; one that has the name already is merged with it."""
+        old = self.taps.get(name)
+        self.taps[name] = (old[0].merge(statistic) if old else statistic, frozenset(loops))
+
+
+# rule(eqn, values, scope) -> results, for the equation at one address; a packed operand is a Ref
+AtRule = Callable[[Any, list[Any], Scope], list[Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class FoldValue:
     """What replaces result `out` of the equation at `address`: packed or float, stacked over `loops`."""
@@ -144,24 +178,31 @@ class FoldValue:
     out: int
     loops: tuple[Address, ...]
     value: Array | QTensor
+    shadow: Array | None = None
 
 
 # rules of the user's that are kept whole where nothing packed goes in
 _OWN_GRADIENT = {prims.custom_jvp_call_p, prims.custom_vjp_call_p}
+# what these call may hand a packed parameter out again
+_CALLS = {prims.jit_p, prims.remat_p, prims.closed_call_p}
 
 
 def _is_packed(value: Any) -> bool:
-    return isinstance(value, Absorbed) or (isinstance(value, Ref) and isinstance(value.base, QTensor))
+    return isinstance(value, Absorbed) or (
+        isinstance(value, Ref) and isinstance(value.base, QTensor) and value.shadow is None
+    )
 
 
 class _Replayer:
-    def __init__(self, rules: Mapping[Any, Rule], folds: Sequence[FoldValue]):
+    def __init__(self, rules: Mapping[Any, Rule], folds: Sequence[FoldValue], at: Mapping[Address, AtRule]):
         self.rules = rules
+        self.at = at
         self.folds: dict[Address, list[FoldValue]] = {}
         for fold in folds:
             self.folds.setdefault(fold.address, []).append(fold)
-        self.prefixes = {fold.address[:i] for fold in folds for i in range(len(fold.address))}
-        self.indices: dict[Address, Any] = {}  # of the scans whose body is being replayed
+        addresses = [*self.folds, *at]
+        self.prefixes = {address[:i] for address in addresses for i in range(len(address))}
+        self.scope = Scope({})
 
     def run(self, jaxpr: Any, values: Sequence[Any], address: Address) -> list[Any]:
         env: dict[Any, Any] = dict(zip(jaxpr.invars, values, strict=True))
@@ -187,7 +228,9 @@ class _Replayer:
         absorbed = next((v for v in values if isinstance(v, Absorbed)), None)
         inner = control_flow.bodies(eqn)
         touched = any(is_ref(v) for v in values) or any((*address, b.name) in self.prefixes for b in inner)
-        if inner and touched and not (absorbed and address in self.folds):
+        if address in self.at:
+            results = self.at[address](eqn, values, self.scope)
+        elif inner and touched and not (absorbed and address in self.folds):
             if eqn.primitive in _OWN_GRADIENT and not any(_is_packed(v) for v in values):
                 results = control_flow.bind(eqn, [v.materialize() if isinstance(v, Ref) else v for v in values])
             else:
@@ -204,28 +247,43 @@ class _Replayer:
 
     def descend(self, eqn: Any, inner: list[control_flow.Body], values: list[Any], address: Address) -> list[Any]:
         jaxprs = {body.name: body.jaxpr for body in inner}
+        if control_flow.is_plain_jit(eqn) and any((*address, "jit") == a[: len(address) + 1] for a in self.at):
+            # In place of the call, so that equations inside and outside share quantized inputs.
+            with jax.named_scope(str(eqn.params["name"])):
+                return self.run(jaxprs["jit"], values, (*address, "jit"))
         # The packed primitives do not say over which mesh axes they vary, which shard_map checks: inside one, each
         # shard dequantizes its part of the packed weight and the program's own equations run.
         rules = {} if eqn.primitive is control_flow.shard_map_p else self.rules
+        loops: dict[str, frozenset[Address]] = {}
 
-        def run(name: str, args: Sequence[Any], index: Any = None) -> list[Any]:
+        def run(name: str, args: Sequence[Any], index: Any = None) -> tuple[list[Any], control_flow.Taps]:
             here = (*address, name)
-            if index is not None:
-                self.indices[here] = index
-            outer, self.rules = self.rules, rules
+            outer = self.rules, self.scope
+            indices = self.scope.indices if index is None else {**self.scope.indices, here: index}
+            self.rules, self.scope = rules, Scope(indices)
             try:
-                return self.run(jaxprs[name], args, here)
+                out = self.run(jaxprs[name], args, here)
+                if eqn.primitive not in _CALLS:
+                    out = [v.materialize() if isinstance(v, Ref) else v for v in out]
+                loops.update((tap, where) for tap, (_, where) in self.scope.taps.items())
+                return out, {tap: statistic for tap, (statistic, _) in self.scope.taps.items()}
             finally:
-                self.rules = outer
+                self.rules, self.scope = outer
 
-        return control_flow.REBUILD[eqn.primitive](eqn, values, run, is_ref)
+        results, taps = control_flow.REBUILD[eqn.primitive](eqn, values, run, is_ref)
+        for tap, statistic in taps.items():
+            stacked = eqn.primitive is prims.scan_p
+            apart = not stacked or (*address, "scan") in loops[tap]
+            self.scope.tap(tap, statistic if apart else statistic.reduce(), loops[tap])
+        return results
 
     def refs(self, eqn: Any, values: list[Any]) -> list[Any]:
         first = values[0]
         if isinstance(first, Ref) and (step := views.step(eqn, first.view, values[1:])):
             view, picked = step
-            return [Ref(first.base, view, first.indices + picked)]
-        rule = self.rules.get(eqn.primitive)
+            shadow = None if first.shadow is None else control_flow.bind(eqn, [first.shadow, *values[1:]])[0]
+            return [Ref(first.base, view, first.indices + picked, shadow)]
+        rule = None if any(getattr(v, "shadow", None) is not None for v in values) else self.rules.get(eqn.primitive)
         operand = next(i for i, v in enumerate(values) if isinstance(v, Ref))
         if rule is not None:
             rest = [v.materialize() if isinstance(v, Ref) and i != operand else v for i, v in enumerate(values)]
@@ -234,32 +292,45 @@ class _Replayer:
         return control_flow.bind(eqn, [v.materialize() if isinstance(v, Ref) else v for v in values])
 
     def fold_value(self, fold: FoldValue) -> Any:
-        indices = [self.indices[loop] for loop in fold.loops]
-        value = fold.value
-        if isinstance(value, QTensor):
-            ref = Ref(value, View.identity(value.shape))
-            for index in indices:
-                ref = ref.index(0, index)
-            return ref
+        indices = [self.scope.indices[loop] for loop in fold.loops]
+
+        def pick(a: Any) -> Any:
+            for index in indices if a is not None else ():
+                a = jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False)
+            return a
+
+        if not isinstance(fold.value, QTensor):
+            return pick(fold.value)
+        ref = Ref(fold.value, View.identity(fold.value.shape))
         for index in indices:
-            value = jax.lax.dynamic_index_in_dim(value, index, 0, keepdims=False)
-        return value
+            ref = ref.index(0, index)
+        return dataclasses.replace(ref, shadow=pick(fold.shadow))
 
 
 def replay(
-    program: Program, values: Sequence[Any], *, rules: Mapping[Any, Rule], folds: Sequence[FoldValue] = ()
-) -> list[Any]:
+    program: Program,
+    values: Sequence[Any],
+    *,
+    rules: Mapping[Any, Rule],
+    folds: Sequence[FoldValue] = (),
+    at: Mapping[Address, AtRule] | None = None,
+) -> tuple[list[Any], dict[str, Any]]:
     """Runs the program on `values`, with `rules` for equations that a packed parameter reaches.
 
     Args:
         program: what `trace` gave.
-        values: one per input of the program: an array, a `QTensor` for a packed parameter, or `Absorbed`.
+        values: one per input of the program: an array, a `QTensor` for a packed parameter, a `Ref` for one with a
+            shadow, or `Absorbed`.
         rules: primitive -> rule; see `passes.lower.RULES`.
         folds: results of parameter-only expressions to use instead of computing them.
+        at: address of an equation -> what to do there instead.
 
     Returns:
-        The program's results, all float arrays (`Absorbed` where the program returns such a parameter).
+        The program's results, all float arrays (`Absorbed` where the program returns such a parameter), and the
+        statistics that were tapped, by name.
     """
     refs = [Ref(v, View.identity(v.shape)) if isinstance(v, QTensor) else v for v in values]
-    out = _Replayer(rules, folds).run(program.jaxpr, refs, ())
-    return [v.materialize() if isinstance(v, Ref) else v for v in out]
+    replayer = _Replayer(rules, folds, at or {})
+    out = replayer.run(program.jaxpr, refs, ())
+    taps = {name: statistic for name, (statistic, _) in replayer.scope.taps.items()}
+    return [v.materialize() if isinstance(v, Ref) else v for v in out], taps

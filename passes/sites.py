@@ -3,7 +3,8 @@
 A forward analysis over the jaxpr, into every sub-jaxpr. Each value is one of
     * `Viewed`: a parameter, or a matrix derived from parameters, seen through a `View`;
     * `Constant`: known while tracing, from no parameter;
-    * None: depends on the inputs (an activation).
+    * `Flow`: depends on the inputs (an activation). Flows that are surely equal, such as two casts of one value to
+      one dtype, have the same number, so that the matmuls that share an input are known.
 An equation whose operands are all known and that is no view makes an `Expr`: a parameter-only expression, such as
 kernels concatenated before one dot or a normalised kernel. When one reaches a matmul it becomes a `Fold`: the
 derived matrix is what is quantized, in one piece. Whatever else happens to a parameter is kept as a use, so that
@@ -43,6 +44,13 @@ class Param:
     path: str
     shape: tuple[int, ...]
     dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """A value that depends on the inputs."""
+
+    number: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +121,21 @@ class Fold:
 
 
 @dataclasses.dataclass(frozen=True)
+class Input:
+    """An activation that a matmul or convolution contracts.
+
+    Attributes:
+        operand: which operand of the equation it is.
+        flow: number of its flow; inputs of equal flow have equal values.
+        axes: the axes that are contracted (all but the batch in a convolution).
+    """
+
+    operand: int
+    flow: int
+    axes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Site:
     """One use of a parameter (or fold) in a matmul, convolution or lookup.
 
@@ -122,6 +145,7 @@ class Site:
         operand: which operand of the equation it is.
         view: how it is read there; roles: what each axis of the view does in the operation.
         layout: the canonical matrix that follows from both; None if a parameter axis is cut across.
+        input: what is multiplied with the parameter, or why it cannot be quantized.
     """
 
     source: str
@@ -132,16 +156,19 @@ class Site:
     view: View
     roles: tuple[Role, ...]
     layout: Layout | None
+    input: Input | str
 
 
 @dataclasses.dataclass(frozen=True)
 class Unweighted:
-    """A matmul or convolution without a parameter, and why it has none."""
+    """A matmul or convolution without a parameter, why it has none, and its inputs (or why they stay float)."""
 
+    name: str
     op: Op
     address: Address
     shapes: tuple[tuple[int, ...], ...]
     reason: str
+    inputs: tuple[Input, ...] | str
 
 
 @dataclasses.dataclass
@@ -155,6 +182,7 @@ class Sites:
         uses: per path, what else reads the parameter, as a phrase ("'add'").
         rank: per path, the most axes (longer than 1) that any of those uses sees; 1 for a stacked vector.
         unweighted: matmuls and convolutions without a parameter.
+        lengths: of every scan, by the address of its body.
     """
 
     params: dict[str, Param]
@@ -163,6 +191,13 @@ class Sites:
     uses: dict[str, list[str]]
     rank: dict[str, int]
     unweighted: list[Unweighted]
+    lengths: dict[Address, int]
+
+    def layer_loops(self) -> set[Address]:
+        """The scans that run over layers: each step reads its own slice of some parameter."""
+        views = [site.view for site in self.sites]
+        loops = {index.key[1] for view in views for index in view.indexed if index.key[0] == "loop"}
+        return loops.union(*(fold.loops for fold in self.folds.values()))
 
 
 # --- What each site primitive does with the axes of its weight ---------------------------------------------------
@@ -208,39 +243,86 @@ def _ragged_roles(eqn: Any, operand: int) -> tuple[Role, ...] | None:
     return tuple("stack" if i in stack else "k" if i in contract else "n" for i in range(len(eqn.invars[1].aval.shape)))
 
 
-# primitive -> (name of the operation, its operands that may be the weight, roles(eqn, operand))
-SITES: dict[Primitive, tuple[Op, tuple[int, ...], Callable[..., tuple[Role, ...] | None]]] = {
-    prims.dot_general_p: ("dot", (0, 1), _dot_roles),
-    prims.conv_general_dilated_p: ("conv", (1,), _conv_roles),
-    prims.gather_p: ("take", (0,), _take_roles),
-    control_flow.ragged_dot_general_p: ("ragged", (1,), _ragged_roles),
+# What each does with the axes of its input: those that it contracts, or why the input cannot be quantized.
+
+
+def _dot_contracts(eqn: Any, operand: int) -> tuple[int, ...] | str:
+    if eqn.params.get("out_sharding") is not None:
+        return "the product names an output sharding"
+    return tuple(eqn.params["dimension_numbers"][0][operand])
+
+
+def _conv_contracts(eqn: Any, operand: int) -> tuple[int, ...] | str:
+    if eqn.params["batch_group_count"] != 1:
+        return "a convolution over groups of its batch"
+    batch = eqn.params["dimension_numbers"].lhs_spec[0]
+    return tuple(i for i in range(len(eqn.invars[0].aval.shape)) if i != batch)
+
+
+def _take_contracts(eqn: Any, operand: int) -> tuple[int, ...] | str:
+    return ""  # indices are no input to quantize
+
+
+def _ragged_contracts(eqn: Any, operand: int) -> tuple[int, ...] | str:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contract, _), batch = numbers.dot_dimension_numbers
+    if tuple(numbers.lhs_ragged_dimensions) != (0,) or any(batch) or tuple(contract) != (1,):
+        return "a ragged dot that is not rows times groups of matrices"
+    return (1,)
+
+
+# primitive -> (name of the operation, its operands that may be the weight, roles(eqn, operand of the weight),
+#               contracts(eqn, operand of the input))
+SITES: dict[Primitive, tuple[Op, tuple[int, ...], Callable[..., tuple[Role, ...] | None], Callable[..., Any]]] = {
+    prims.dot_general_p: ("dot", (0, 1), _dot_roles, _dot_contracts),
+    prims.conv_general_dilated_p: ("conv", (1,), _conv_roles, _conv_contracts),
+    prims.gather_p: ("take", (0,), _take_roles, _take_contracts),
+    control_flow.ragged_dot_general_p: ("ragged", (1,), _ragged_roles, _ragged_contracts),
+}
+
+# Bodies whose sites keep float activations, and why.
+_OPAQUE = {
+    "shard_map": "inside shard_map",
+    "custom_jvp": "inside a custom_jvp rule",
+    "custom_vjp": "inside a custom_vjp rule",
 }
 
 _DESCEND_ALWAYS = {prims.jit_p, prims.remat_p, prims.closed_call_p}
 
 
 class _Finder:
-    def __init__(self, program: Program):
-        self.found = Sites({}, [], {}, {}, {}, [])
+    def __init__(self, program: Program, known_state: frozenset[str]):
         self.lengths: dict[Address, int] = {}
+        self.found = Sites({}, [], {}, {}, {}, [], self.lengths)
         self.fold_of: dict[int, Fold] = {}
         self.numbers: dict[str, int] = {}
+        self.flows = 0
+        self.views_of_flows: dict[Any, Flow] = {}
         values: list[Any] = []
-        for path, aval in zip(program.paths, program.jaxpr.in_avals, strict=True):
+        for path, state, aval in zip(program.paths, program.state, program.jaxpr.in_avals, strict=True):
+            if path is None and state in known_state:
+                values.append(Viewed(Param(state, tuple(aval.shape), aval.dtype), View.identity(aval.shape)))
+                continue
             if path is None:
-                values.append(None)
+                values.append(self.flow())
                 continue
             param = Param(path, tuple(aval.shape), aval.dtype)
             self.found.params[path] = param
             self.found.uses[path] = []
             self.found.rank[path] = 0
             floating = jnp.issubdtype(aval.dtype, jnp.floating)
-            values.append(Viewed(param, View.identity(aval.shape)) if floating else None)
+            values.append(Viewed(param, View.identity(aval.shape)) if floating else self.flow())
         for value in self.walk(program.jaxpr, values, ()):
             self.use(value, "returned")
 
+    def flow(self) -> Flow:
+        self.flows += 1
+        return Flow(self.flows)
+
     def use(self, value: Any, what: str) -> None:
         for path in value.params if isinstance(value, Viewed) else ():
+            if path not in self.found.uses:
+                continue  # state
             if what not in self.found.uses[path]:
                 self.found.uses[path].append(what)
             rank = sum(size != 1 for size in value.view.shape)
@@ -252,7 +334,7 @@ class _Finder:
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
 
         def read(atom: Any) -> Any:
-            return Constant(atom.val) if isinstance(atom, JaxprLiteral) else env.get(atom)
+            return Constant(atom.val) if isinstance(atom, JaxprLiteral) else env[atom]
 
         for i, eqn in enumerate(jaxpr.eqns):
             operands = [read(atom) for atom in eqn.invars]
@@ -260,7 +342,7 @@ class _Finder:
         return [read(atom) for atom in jaxpr.outvars]
 
     def equation(self, eqn: Any, operands: list[Any], address: Address) -> list[Any]:
-        known = all(o is not None for o in operands) and not eqn.effects
+        known = not any(isinstance(o, Flow) for o in operands) and not eqn.effects
         inner = control_flow.bodies(eqn)
         if inner and (not known or eqn.primitive in _DESCEND_ALWAYS):
             return self.descend(eqn, inner, operands, address)
@@ -276,7 +358,14 @@ class _Finder:
         else:
             for operand in operands:
                 self.use(operand, f"'{eqn.primitive.name}'")
-        return [None] * len(eqn.outvars)
+        return [self.flow_of(eqn, operands)] if len(eqn.outvars) == 1 else [self.flow() for _ in eqn.outvars]
+
+    def flow_of(self, eqn: Any, operands: list[Any]) -> Flow:
+        """The flow of a result; that of an earlier equation which moves or casts the same value in the same way."""
+        if eqn.primitive not in views.VIEWS or not isinstance(operands[0], Flow) or len(operands) > 1:
+            return self.flow()
+        key = (eqn.primitive, operands[0], str(sorted(eqn.params.items(), key=str)))
+        return self.views_of_flows.setdefault(key, self.flow())
 
     def expressions(self, eqn: Any, operands: list[Any], address: Address) -> list[Any] | None:
         if eqn.primitive in SITES and any(isinstance(o, Viewed) and o.params for o in operands):
@@ -323,7 +412,9 @@ class _Finder:
                     value = None
                 if isinstance(value, Viewed) and value.view.shape != tuple(var.aval.shape):
                     value = self.localize(value, tuple(var.aval.shape), eqn)  # one shard of shard_map
-                local.append(value)
+                if isinstance(value, Flow) and body.name in _OPAQUE:
+                    value = None
+                local.append(self.flow() if value is None else value)
             outs = self.walk(body.jaxpr, local, here)
             for value, at in zip(outs, range(len(outs)), strict=True):
                 if at not in body.results:
@@ -331,11 +422,13 @@ class _Finder:
             results.append([None if r is None else outs[r] for r in body.results])
         merged = []
         for values in zip(*results, strict=True):
-            same = all(v == values[0] for v in values[1:])
+            same = values[0] is not None and all(v == values[0] for v in values[1:])
             if not same:
                 for value in values:
                     self.use(value, f"'{eqn.primitive.name}'")
-            merged.append(values[0] if same else None)
+            # what a scan or a branch hands out is another value than the one inside it
+            inside = isinstance(values[0], Flow) and eqn.primitive not in _DESCEND_ALWAYS
+            merged.append(values[0] if same and not inside else self.flow())
         return merged
 
     def localize(self, value: Viewed, shape: tuple[int, ...], eqn: Any) -> Viewed | None:
@@ -346,11 +439,13 @@ class _Finder:
         return Viewed(value.source, View.identity(shape))
 
     def site(self, eqn: Any, operands: list[Any], address: Address) -> None:
-        op, candidates, find_roles = SITES[eqn.primitive]
+        op, candidates, find_roles, _ = SITES[eqn.primitive]
         weights = [
             i
             for i in candidates
-            if isinstance(operands[i], Viewed) and operands[i].params and not _is_repeated(operands[i])
+            if isinstance(operands[i], Viewed)
+            and any(path in self.found.params for path in operands[i].params)
+            and not _is_repeated(operands[i])
         ]
         weights.sort(key=lambda i: -math.prod(operands[i].view.base))  # of two, the larger is the weight
         weights = weights[:1]
@@ -360,9 +455,13 @@ class _Finder:
         if not weights:
             if op != "take":
                 shapes = tuple(tuple(v.aval.shape) for v in eqn.invars[:2])
-                constant = any(o is not None for o in operands[:2])
+                constant = any(not isinstance(o, Flow) for o in operands[:2])
                 reason = "an operand is a constant" if constant else "both operands are activations"
-                self.found.unweighted.append(Unweighted(op, address, shapes, reason))
+                inputs = [self.input(eqn, operands, i, address) for i in (0, 1)]
+                both: Any = next((i for i in inputs if isinstance(i, str)), tuple(inputs))
+                both = both if op == "dot" else f"a '{op}' of two activations"
+                name = f"matmul:{len(self.found.unweighted)}"
+                self.found.unweighted.append(Unweighted(name, op, address, shapes, reason, both))
             return
         operand = weights[0]
         value = operands[operand]
@@ -381,7 +480,20 @@ class _Finder:
             layout = _scale_to(layout, full)
         number = self.numbers.get(name, 0)
         self.numbers[name] = number + 1
-        self.found.sites.append(Site(name, number, op, address, operand, view, roles, layout))
+        entering = self.input(eqn, operands, 1 - operand, address)
+        self.found.sites.append(Site(name, number, op, address, operand, view, roles, layout, entering))
+
+    def input(self, eqn: Any, operands: list[Any], operand: int, address: Address) -> Input | str:
+        value, dtype = operands[operand], eqn.invars[operand].aval.dtype
+        opaque = [why for part, why in _OPAQUE.items() if part in address]
+        if opaque:
+            return opaque[0]
+        if not isinstance(value, Flow):
+            return "its input is known before the call"
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return f"its input is {dtype}"
+        axes = SITES[eqn.primitive][3](eqn, operand)
+        return axes if isinstance(axes, str) else Input(operand, value.number, axes)
 
     def fold(self, expr: Expr) -> Fold:
         if id(expr) not in self.fold_of:
@@ -446,9 +558,14 @@ def _scale_to(layout: Layout, shape: tuple[int, ...]) -> Layout | None:
     return Layout(tuple(axes))
 
 
-def find_sites(program: Program) -> Sites:
-    """Every site of the program, its folds, and the other uses of its parameters."""
-    return _Finder(program).found
+def find_sites(program: Program, known_state: frozenset[str] = frozenset()) -> Sites:
+    """Every site of the program, its folds, and the other uses of its parameters.
+
+    Args:
+        program: what `trace` gave.
+        known_state: paths of variables that count as known beside the parameters (statistics folded into a weight).
+    """
+    return _Finder(program, known_state).found
 
 
 def evaluate_fold(fold: Fold, params: Callable[[str], Array]) -> Array:

@@ -18,10 +18,13 @@ class Program:
         jaxpr: closed; its inputs are the leaves given to `trace`, parameters among them. No parameter is a
             constant of it.
         paths: per input, the path of the parameter, or None for any other input.
+        state: per input, the path of the variable that is no parameter (running statistics and the like, known when
+            a model is converted), or None for any other input.
     """
 
     jaxpr: Any
     paths: tuple[str | None, ...]
+    state: tuple[str | None, ...]
 
 
 def key_name(key: Any) -> str:
@@ -41,12 +44,18 @@ def path_name(path: KeyPath) -> str:
     return "/".join(map(key_name, keys))
 
 
-def trace(fn: Callable[..., Sequence[Any]], leaves: Sequence[Any], paths: Sequence[str | None]) -> Program:
+def trace(
+    fn: Callable[..., Sequence[Any]],
+    leaves: Sequence[Any],
+    paths: Sequence[str | None],
+    state: Sequence[str | None] | None = None,
+) -> Program:
     """Traces `fn(*leaves)`, which returns a flat sequence of arrays.
 
     Args:
         fn: a function of flat array arguments.
         leaves: arrays or `jax.ShapeDtypeStruct`s; only shapes and dtypes matter.
         paths: per leaf, the path of the parameter or None.
+        state: per leaf, the path of a variable that is no parameter or None; None where there are none.
     """
-    return Program(jax.make_jaxpr(fn)(*leaves), tuple(paths))
+    return Program(jax.make_jaxpr(fn)(*leaves), tuple(paths), tuple(state or (None,) * len(leaves)))

@@ -1,5 +1,11 @@
 """qjax: the quantization compiler for JAX."""
 
+from pallas_kernels.activations import ActSpec as ActSpec
+from pallas_kernels.activations import EntropyRange as EntropyRange
+from pallas_kernels.activations import MinMax as MinMax
+from pallas_kernels.activations import MovingAverage as MovingAverage
+from pallas_kernels.activations import MseRange as MseRange
+from pallas_kernels.activations import Percentile as Percentile
 from pallas_kernels.formats import (
     FORMATS as FORMATS,
 )
@@ -46,12 +52,15 @@ from qjax.model import (
 from qjax.model import (
     quantize as quantize,
 )
+from qjax.ranges import Calibration as Calibration
+from qjax.ranges import Schedule as Schedule
 from qjax.recipes import (
     RECIPES as RECIPES,
 )
 from qjax.recipes import (
     Recipe as Recipe,
 )
+from qjax.recipes import dynamic as dynamic
 from qjax.recipes import (
     fp4_e2m1 as fp4_e2m1,
 )
@@ -82,8 +91,11 @@ from qjax.recipes import (
 from qjax.recipes import (
     int8 as int8,
 )
+from qjax.recipes import lsq as lsq
 from qjax.recipes import (
     nf4 as nf4,
 )
+from qjax.recipes import pact as pact
+from qjax.recipes import static as static
 from qjax.report import Comparison as Comparison
 from qjax.report import compare as compare

@@ -33,7 +33,6 @@ from jax.tree_util import DictKey, SequenceKey
 from pallas_kernels import numerics
 from pallas_kernels.formats import QuantSpec
 from pallas_kernels.qtensor import FoldedParam, Layout, QTensor, is_packed
-from passes.plan import Rule
 from passes.trace import key_name
 from qjax.model import QuantizedNNX, nnx_state, quantize, with_nnx_values
 from qjax.recipes import Recipe
@@ -211,7 +210,7 @@ def save(path: str | os.PathLike[str], q: Any, variables: Any = None, *, overwri
             "flax": flax.__version__,
             "orbax-checkpoint": ocp.__version__,
         },
-        "recipe": {"rules": [rule.to_json() for rule in q.recipe.rules], "strict": q.recipe.strict},
+        "recipe": q.recipe.to_json(),
         "leaves": [],
     }
     tree: dict[str, dict[str, Any]] = {}
@@ -336,7 +335,7 @@ def restore(
         CheckpointError: damaged, foreign, newer, or not of this model; the message says which.
     """
     manifest = read_manifest(path)
-    recipe = Recipe(tuple(Rule.from_json(r) for r in manifest["recipe"]["rules"]), manifest["recipe"]["strict"])
+    recipe = Recipe.from_json(manifest["recipe"])
     q = quantize(model, recipe, strict=recipe.strict)
     entries = list(enumerate(manifest["leaves"]))
     if subtree is not None:

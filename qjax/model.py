@@ -1,29 +1,49 @@
 """`quantize`: wraps a Linen module, an NNX module or a function so that it runs quantized.
 
 A wrapped model is polymorphic in its variables: on float ones it runs fake-quant nodes (training), on packed ones
-the packed kernels (serving). Every call traces the model anew, so the jit around it is the only cache.
+the packed kernels (serving). Every call traces the model anew, so the jit around it is the only cache. Ranges of
+activations travel in collections of their own beside the parameters (`qjax.ranges`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from flax.core.scope import in_filter
 from jax.extend.core import Literal
 
 from pallas_kernels import numerics
-from pallas_kernels.qtensor import FoldedParam, QTensor, fake_quant, is_packed
+from pallas_kernels.activations import ActSpec, MovingAverage
+from pallas_kernels.qtensor import FoldedParam, QTensor, fake_quant, fake_quant_with_codes, is_packed
 from pallas_kernels.qtensor import quantize as pack
-from passes import control_flow, lower
+from passes import control_flow, integer, lower
 from passes.plan import Entry, Plan, make_plan
-from passes.replay import Absorbed, FoldValue, replay
+from passes.replay import Absorbed, FoldValue, Ref, replay
 from passes.sites import Sites, evaluate_fold, find_sites
 from passes.trace import Program, path_name, trace
+from passes.views import View
+from qjax.ranges import (
+    KEPT,
+    LEARNED,
+    STEP,
+    Calibration,
+    Flat,
+    Schedule,
+    arguments,
+    counted,
+    flatten,
+    moved,
+    nest,
+    specs_of,
+)
+from qjax.ranges import check as check_ranges
 from qjax.recipes import Recipe, as_recipe
 
 Variables = Any
@@ -45,6 +65,7 @@ class _Call:
     inputs: Any  # a tree; the arguments of fn
     is_param: Callable[[tuple], bool]  # says of a key path into `inputs` whether its leaf is a parameter
     name: Callable[[tuple], str]  # the path name of such a leaf
+    state: Callable[[tuple], str | None] = lambda path: None  # the path name of a variable that is no parameter
 
     def __post_init__(self):
         flat, self.tree = jax.tree_util.tree_flatten_with_path(self.inputs, is_leaf=is_packed)
@@ -54,6 +75,9 @@ class _Call:
         self.paths = [
             self.name(path) if self.is_param(path) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else None
             for path, leaf in dynamic
+        ]
+        self.state_paths = [
+            self.state(path) if own is None else None for own, (path, _) in zip(self.paths, dynamic, strict=True)
         ]
         for path, leaf in zip(self.paths, self.leaves, strict=True):
             if path is None and is_packed(leaf):
@@ -69,7 +93,7 @@ class _Call:
     def trace(self) -> Program:
         """The float program: packed parameters stand in it as the float arrays they were."""
         avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_packed(x) else x for x in self.leaves]
-        return trace(self._flat, avals, self.paths)
+        return trace(self._flat, avals, self.paths, self.state_paths)
 
     def results(self, flat: Sequence[Any]) -> Any:
         """The results of the call as the model's own structure."""
@@ -88,18 +112,79 @@ class _Call:
         return jax.tree.unflatten(self.tree, whole)
 
 
-def _plan(call: _Call, recipe: Recipe) -> Plan:
-    return make_plan(find_sites(call.trace()), recipe.rules, strict=recipe.strict)
+@dataclasses.dataclass
+class _Compiled:
+    """A call after tracing: its program, what is in it, what is decided, and the values of its variables by path."""
+
+    program: Program
+    sites: Sites
+    plan: Plan
+    params: dict[str, Any]  # parameters, and the state that a folded normalisation reads
 
 
-def _run(call: _Call, recipe: Recipe) -> Any:
-    """Runs a call: fake-quant for float parameters that the recipe quantizes, packed kernels for packed ones."""
-    if any(not is_packed(leaf) for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None):
-        recipe.check_patterns([path for path in call.paths if path is not None])
+def _compile(call: _Call, recipe: Recipe, *, strict: bool) -> _Compiled:
     program = call.trace()
-    sites = find_sites(program)
-    plan = make_plan(sites, recipe.rules, strict=False)
+    known: dict[str, Any] = {}
+    if recipe.fold_batch_norm:
+        from passes.batch_norm import fold_batch_norm
+
+        program, folded, _ = fold_batch_norm(program)
+        known = {path: leaf for path, leaf in zip(call.state_paths, call.leaves, strict=True) if path in folded}
+    sites = find_sites(program, frozenset(known))
+    plan = make_plan(sites, recipe.rules, strict=strict)
     params = {path: leaf for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None}
+    return _Compiled(program, sites, plan, {**known, **params})
+
+
+def _plan(call: _Call, recipe: Recipe) -> Plan:
+    return _compile(call, recipe, strict=recipe.strict).plan
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ranges:
+    """Ranges that a call is given, and whether it updates them."""
+
+    known: Flat
+    step: Any = None
+    update: bool = False
+
+
+def _run(call: _Call, recipe: Recipe, ranges: _Ranges) -> tuple[Any, _Ranges]:
+    """Runs a call: fake-quant for float parameters that the recipe quantizes, packed kernels for packed ones.
+
+    Returns the results and the ranges after the call.
+    """
+    training = any(not is_packed(leaf) for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None)
+    if training:
+        recipe.check_patterns([path for path in call.paths if path is not None])
+    compiled = _compile(call, recipe, strict=False)
+    plan = compiled.plan
+    check_ranges(plan, ranges.known)
+    packed = any(is_packed(leaf) for leaf in compiled.params.values())
+    enabled, frozen = None, False
+    if recipe.schedule is not None and not packed:
+        if ranges.step is None:
+            raise ValueError(
+                f"qjax: the recipe has a schedule, which counts steps in '{KEPT}': start from q.calibrate(variables, "
+                "batches)."
+            )
+        enabled = ranges.step >= recipe.schedule.start
+        frozen = False if recipe.schedule.freeze is None else ranges.step >= recipe.schedule.freeze
+
+    # A weight whose product is one of integers is needed as codes in training too.
+    by_codes = {site.address for site in plan.sites if site.product == "integer" and site.weight is not None}
+    coded = {site.source for site in compiled.sites.sites if site.address in by_codes}
+
+    def simulated(w: Any, entry: Entry) -> tuple[Any, QTensor | None]:
+        """The fake-quantized value of a float one, and its codes where they are needed."""
+        assert entry.spec is not None
+        assert entry.layout is not None
+        codes = None
+        if entry.name in coded:
+            value, codes = fake_quant_with_codes(w, entry.spec, entry.layout, entry.order)
+        else:
+            value = fake_quant(w, entry.spec, entry.layout)
+        return (value if enabled is None else jnp.where(enabled, value, w)), codes
 
     values: list[Any] = []
     for path, leaf in zip(call.paths, call.leaves, strict=True):
@@ -110,33 +195,44 @@ def _run(call: _Call, recipe: Recipe) -> Any:
         elif path is None or (entry := plan[path]).spec is None:
             values.append(jnp.asarray(leaf))  # NumPy inputs are welcome
         else:
-            assert entry.layout is not None
-            values.append(fake_quant(jnp.asarray(leaf), entry.spec, entry.layout))
-    folds = _fold_values(sites, plan, params)
-    if folds or any(isinstance(v, QTensor | Absorbed) for v in values):
-        out = replay(program, values, rules=lower.RULES, folds=folds)
+            value, codes = simulated(jnp.asarray(leaf), entry)
+            values.append(value if codes is None else Ref(codes, View.identity(codes.shape), shadow=value))
+    folds = _fold_values(compiled, simulated)
+    at = {
+        site.address: integer.quantized(site, ranges.known, tap=ranges.update and not packed, enabled=enabled)
+        for site in plan.sites
+    }
+    statistics: dict[str, Any] = {}
+    if folds or at or any(isinstance(v, QTensor | Absorbed) for v in values):
+        out, statistics = replay(compiled.program, values, rules=lower.RULES, folds=folds, at=at)
     else:
-        out = control_flow.evaluate(program.jaxpr, values)
+        out = control_flow.evaluate(compiled.program.jaxpr, values)
 
     # A parameter that the model hands back (mutable=True) is handed back as it came in.
-    inputs = dict(zip(program.jaxpr.jaxpr.invars, call.leaves, strict=True))
-    returned = program.jaxpr.jaxpr.outvars
-    out = [inputs.get(var, value) if _is_var(var) else value for var, value in zip(returned, out, strict=True)]
-    return call.results(out)
+    inputs = dict(zip(compiled.program.jaxpr.jaxpr.invars, call.leaves, strict=True))
+    given = {var: leaf for (var, leaf), path in zip(inputs.items(), call.paths, strict=True) if path is not None}
+    returned = compiled.program.jaxpr.jaxpr.outvars
+    out = [given.get(var, value) if _is_var(var) else value for var, value in zip(returned, out, strict=True)]
+    after = ranges
+    if ranges.update and not packed:
+        step = None if ranges.step is None else ranges.step + 1
+        after = _Ranges(moved(plan, ranges.known, statistics, frozen), step, True)
+    return call.results(out), after
 
 
 def _is_var(atom: Any) -> bool:
     return not isinstance(atom, Literal)
 
 
-def _fold_values(sites: Sites, plan: Plan, params: Mapping[str, Any]) -> list[FoldValue]:
+def _fold_values(compiled: _Compiled, simulated: Callable[[Any, Entry], tuple[Any, Any]]) -> list[FoldValue]:
+    params = compiled.params
     stored: dict[str, QTensor] = {}
     for leaf in params.values():
         if isinstance(leaf, FoldedParam):
             stored.update(leaf.derived)
     out = []
-    for fold in sites.folds.values():
-        entry = plan[fold.name]
+    for fold in compiled.sites.folds.values():
+        entry, shadow = compiled.plan[fold.name], None
         if fold.name in stored:
             value: Any = stored[fold.name]
         elif absorbed := [p for p in fold.expr.params if isinstance(params[p], FoldedParam)]:
@@ -148,22 +244,22 @@ def _fold_values(sites: Sites, plan: Plan, params: Mapping[str, Any]) -> list[Fo
         elif entry.spec is None:
             continue
         else:
-            assert entry.layout is not None
-            value = fake_quant(evaluate_fold(fold, params.__getitem__), entry.spec, entry.layout)
-        out.append(FoldValue(fold.address, fold.expr.out, fold.loops, value))
+            value, codes = simulated(evaluate_fold(fold, params.__getitem__), entry)
+            value, shadow = (value, None) if codes is None else (codes, value)
+        out.append(FoldValue(fold.address, fold.expr.out, fold.loops, value, shadow))
     return out
 
 
-def _convert(call: _Call, recipe: Recipe) -> dict[str, Any]:
+def _convert(call: _Call, recipe: Recipe, ranges: Flat) -> dict[str, Any]:
     """The packed form of every parameter that the plan quantizes, by path."""
-    program = call.trace()
-    sites = find_sites(program)
-    plan = make_plan(sites, recipe.rules, strict=recipe.strict)
-    params = {p: leaf for p, leaf in zip(call.paths, call.leaves, strict=True) if p is not None}
+    compiled = _compile(call, recipe, strict=recipe.strict)
+    sites, plan = compiled.sites, compiled.plan
+    check_ranges(plan, ranges)
+    params = compiled.params
     for path, leaf in params.items():
         if is_packed(leaf):
             raise TypeError(f"qjax: {path!r} is packed already ({leaf!r}); convert takes float variables.")
-        if isinstance(leaf, jax.ShapeDtypeStruct):
+        if isinstance(leaf, jax.ShapeDtypeStruct) or path not in call.paths:
             continue
         if plan[path].spec is not None or plan[path].folded_into:
             numerics.check_finite(leaf, path)
@@ -181,8 +277,9 @@ def _convert(call: _Call, recipe: Recipe) -> dict[str, Any]:
         floats = {p: jnp.asarray(params[p]) for p in fold.expr.params}
         value = evaluate_fold(fold, floats.__getitem__)
         numerics.check_finite(value, fold.name)
-        derived.setdefault(fold.expr.params[0], {})[fold.name] = _pack(value, entry)
-        for path in fold.expr.params:
+        own_parts = [path for path in fold.expr.params if path in call.paths]  # state stays where it is
+        derived.setdefault(own_parts[0], {})[fold.name] = _pack(value, entry)
+        for path in own_parts:
             derived.setdefault(path, {})
     for path, matrices in derived.items():
         leaf = params[path]
@@ -190,6 +287,52 @@ def _convert(call: _Call, recipe: Recipe) -> dict[str, Any]:
         own = (packed.get(path, leaf)) if keep else None
         packed[path] = FoldedParam(own, matrices, tuple(leaf.shape), jnp.dtype(leaf.dtype))
     return packed
+
+
+def _observe(call: _Call, recipe: Recipe) -> tuple[dict[str, Any], Plan]:
+    """The statistics of one batch, by name of the range, while the float model runs."""
+    compiled = _compile(call, recipe, strict=recipe.strict)
+    for path, leaf in compiled.params.items():
+        if is_packed(leaf):
+            raise TypeError(f"qjax: {path!r} is packed already; calibration runs the float model.")
+    kept = [site for site in compiled.plan.sites if any(i.range is not None for i in site.inputs)]
+    at = {site.address: integer.observed(site) for site in kept}
+    values = [jnp.asarray(leaf) for leaf in call.leaves]
+    return replay(compiled.program, values, rules={}, at=at)[1], compiled.plan
+
+
+def _calibration(
+    step: Callable[[Any, tuple], tuple[dict[str, Any], Plan]],
+    variables: Any,
+    batches: Iterable[Any],
+    start: Calibration | None,
+    progress: bool,
+) -> Calibration:
+    """Runs `step(variables, arguments) -> statistics of the batch` over batches, compiled once for each shape."""
+    specs: dict[str, ActSpec] = {} if start is None else start.specs
+    total: Any = None if start is None else start.statistics
+    count = 0 if start is None else start.batches
+
+    @functools.partial(jax.jit, static_argnums=(3, 4))
+    def update(variables: Any, total: Any, arrays: list[Any], static: tuple, tree: Any) -> Any:
+        rest, fixed = iter(arrays), dict(static)
+        leaves = [fixed[i] if i in fixed else next(rest) for i in range(tree.num_leaves)]
+        seen, plan = step(variables, jax.tree.unflatten(tree, leaves))
+        found = specs_of(plan)
+        if specs and specs != found:
+            raise ValueError("qjax: this calibration was begun with another model or recipe.")
+        specs.update(found)
+        before = {name: s.nothing() for name, s in seen.items()} if total is None else total
+        decays = {n: s.range.decay if isinstance(s.range, MovingAverage) else 0.0 for n, s in found.items()}
+        return {name: before[name].follow(s, decays[name]) for name, s in seen.items()}
+
+    for batch in counted(batches, progress):
+        leaves, tree = jax.tree.flatten(arguments(batch))
+        arrays = [leaf for leaf in leaves if _is_array(leaf)]
+        static = tuple((i, leaf) for i, leaf in enumerate(leaves) if not _is_array(leaf))
+        total = update(variables, total, arrays, static, tree)
+        count += 1
+    return Calibration(jax.device_get(total or {}), specs, count)
 
 
 _pack_jitted = jax.jit(pack, static_argnames=("spec", "layout", "order"))
@@ -202,6 +345,35 @@ def _pack(w: Any, entry: Entry) -> QTensor:
 # --- The three kinds of model --------------------------------------------------------------------------------
 
 
+def _take_ranges(variables: Mapping[str, Any], update: bool = False) -> tuple[dict[str, Any], _Ranges]:
+    """The variables that the model itself has, and the ranges beside them."""
+    kept, learned = variables.get(KEPT) or {}, variables.get(LEARNED) or {}
+    own = {name: tree for name, tree in variables.items() if name not in (KEPT, LEARNED)}
+    return own, _Ranges(flatten(kept, learned), kept.get(STEP), update and bool(kept))
+
+
+def _kept(variables: Mapping[str, Any], after: _Ranges) -> dict[str, Any]:
+    """The collection `quant_stats` after a call."""
+    names = flatten(variables.get(KEPT))
+    step = {} if after.step is None else {STEP: after.step}
+    return {**nest({name: after.known[name] for name in names}), **step}
+
+
+def _ranges_of(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The collections of ranges, to go with converted variables; the count of training steps stays behind."""
+    kept = {name: tree for name, tree in (variables.get(KEPT) or {}).items() if name != STEP}
+    found = {KEPT: kept, LEARNED: variables.get(LEARNED)}
+    return {name: tree for name, tree in found.items() if tree}
+
+
+def _calibrated(calibration: Calibration, recipe: Recipe) -> dict[str, Any]:
+    """The collections that a calibration gives."""
+    kept, learned = calibration.ranges()
+    if recipe.schedule is not None:
+        kept = {**kept, STEP: jnp.zeros((), jnp.int32)}
+    return {name: tree for name, tree in {KEPT: kept, LEARNED: learned}.items() if tree}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedLinen:
     """A Linen module that runs quantized; `apply` has the signature of `Module.apply`."""
@@ -210,22 +382,33 @@ class QuantizedLinen:
     recipe: Recipe
 
     def _call(self, variables: Variables, args: tuple, kwargs: dict[str, Any], how: dict[str, Any]) -> _Call:
-        if not isinstance(variables, Mapping):
-            raise TypeError(
-                "qjax: the first argument is the variables as Module.apply takes them, {'params': ...}; got "
-                f"{type(variables).__name__}."
-            )
         rngs = how.pop("rngs", None)
 
         def fn(variables: Any, args: tuple, kwargs: dict[str, Any], rngs: Any) -> Any:
             return self.module.apply(variables, *args, rngs=rngs, **how, **kwargs)
 
+        def collection(path: tuple) -> str | None:
+            return getattr(path[1], "key", None) if path[0].idx == 0 else None
+
+        def state(path: tuple) -> str | None:
+            name = collection(path)
+            return None if name in (None, "params") else f"{name}/{path_name(path[2:])}"
+
         return _Call(
             fn,
             (variables, args, kwargs, rngs),
-            is_param=lambda path: path[0].idx == 0 and getattr(path[1], "key", None) == "params",
+            is_param=lambda path: collection(path) == "params",
             name=lambda path: path_name(path[2:]),
+            state=state,
         )
+
+    @staticmethod
+    def _check(variables: Variables) -> None:
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                "qjax: the first argument is the variables as Module.apply takes them, {'params': ...}; got "
+                f"{type(variables).__name__}."
+            )
 
     def init(self, *args: Any, **kwargs: Any) -> Variables:
         """`Module.init`: float variables."""
@@ -243,15 +426,28 @@ class QuantizedLinen:
     ) -> Any:
         """Runs the model: fake-quant on float variables, packed kernels on packed ones.
 
-        Arguments and results are those of `flax.linen.Module.apply`.
+        Arguments and results are those of `flax.linen.Module.apply`. Where ranges of activations are kept, they are in
+        the collections "quant_stats" and "quant"; `mutable=["quant_stats"]` (beside the model's own) updates moving
+        averages and the step of a schedule, as "batch_stats" are updated.
         """
+        self._check(variables)
+        update = mutable is not False and in_filter(mutable, KEPT)
+        if isinstance(mutable, str) and mutable == KEPT:
+            inner: Any = []
+        else:
+            inner = mutable if isinstance(mutable, bool | str) else [m for m in mutable if m != KEPT]
         how = {
             "rngs": rngs,
             "method": method,
-            "mutable": mutable,
+            "mutable": inner,
             "capture_intermediates": capture_intermediates,
         }
-        return _run(self._call(variables, args, kwargs, how), self.recipe)
+        own, ranges = _take_ranges(variables, update)
+        out, after = _run(self._call(own, args, kwargs, how), self.recipe, ranges)
+        if not after.update:
+            return out
+        result, updates = out
+        return result, {**updates, KEPT: _kept(variables, after)}
 
     __call__ = apply
 
@@ -273,13 +469,15 @@ class QuantizedLinen:
         Raises:
             PlanError: the recipe does not fit the model.
         """
+        self._check(variables)
         how = {"rngs": rngs, "method": method, "mutable": mutable}
-        return _plan(self._call(variables, args, kwargs, how), self.recipe)
+        return _plan(self._call(_take_ranges(variables)[0], args, kwargs, how), self.recipe)
 
     def convert(
         self,
         variables: Variables,
         *args: Any,
+        calibration: Iterable[Any] | None = None,
         rngs: Any = None,
         method: Any = None,
         mutable: Any = False,
@@ -290,19 +488,77 @@ class QuantizedLinen:
         Args:
             variables: float variables.
             args, rngs, method, mutable, kwargs: as for `apply`; only shapes and dtypes matter.
+            calibration: batches to calibrate the ranges of activations with, as for `calibrate`; not needed where
+                `variables` have them, or where none is kept.
 
         Raises:
             PlanError: the recipe does not fit the model.
-            ValueError: a parameter has NaN or infinite values; the message names it.
+            ValueError: a parameter has NaN or infinite values, or a range is missing; the message names it.
         """
+        self._check(variables)
         how = {"rngs": rngs, "method": method, "mutable": mutable}
-        call = self._call(variables, args, kwargs, how)
-        return call.with_params(_convert(call, self.recipe))[0]
+        if calibration is not None:
+            variables = self.calibrate(variables, calibration, progress=False, **how, **kwargs)
+        own, ranges = _take_ranges(variables)
+        call = self._call(own, args, kwargs, how)
+        return {**call.with_params(_convert(call, self.recipe, ranges.known))[0], **_ranges_of(variables)}
+
+    def observe(
+        self,
+        variables: Variables,
+        batches: Iterable[Any],
+        *,
+        start: Calibration | None = None,
+        progress: bool = True,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
+    ) -> Calibration:
+        """Runs the float model on batches and collects what the ranges of activations need.
+
+        One compiled step for each batch shape; memory does not grow with the number of batches.
+
+        Args:
+            variables: float variables.
+            batches: what `apply` takes after the variables, one batch at a time: a tuple of arguments, or the only one.
+            start: an earlier calibration of the same model and recipe to go on with.
+            progress: show a progress bar.
+            rngs, method, mutable, kwargs: as for `apply`.
+        """
+        self._check(variables)
+        how = {"rngs": rngs, "method": method, "mutable": mutable}
+
+        def step(own: Any, args: tuple) -> tuple[dict[str, Any], Plan]:
+            return _observe(self._call(own, args, kwargs, dict(how)), self.recipe)
+
+        return _calibration(step, _take_ranges(variables)[0], batches, start, progress)
+
+    def calibrate(
+        self, variables: Variables, batches: Iterable[Any] | Calibration, *, progress: bool = True, **kwargs: Any
+    ) -> Variables:
+        """The variables with the ranges of activations that batches show: collections "quant_stats" and "quant".
+
+        Args:
+            variables: float variables.
+            batches: as for `observe`, or what `observe` gave.
+            progress, kwargs: as for `observe`.
+
+        Raises:
+            ValueError: no batches; NaN or infinity in an activation; an activation that no batch reached.
+        """
+        if not isinstance(batches, Calibration):
+            batches = self.observe(variables, batches, progress=progress, **kwargs)
+        return {**_take_ranges(variables)[0], **_calibrated(batches, self.recipe)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedFunction:
-    """A function `fn(params, *args, **kwargs)` that runs quantized; `params` is any tree of arrays."""
+    """A function `fn(params, *args, **kwargs)` that runs quantized; `params` is any tree of arrays.
+
+    Where ranges of activations are kept, what `calibrate` gives takes the place of `params`: a dict with the entries
+    "params", "quant_stats" and "quant".
+    """
 
     fn: Callable[..., Any]
     recipe: Recipe
@@ -315,24 +571,101 @@ class QuantizedFunction:
             name=lambda path: path_name(path[1:]),
         )
 
+    @staticmethod
+    def _split(params: Variables) -> tuple[Variables, dict[str, Any]]:
+        """The params, and the collections of ranges that came with them."""
+        names = set(params) if isinstance(params, Mapping) else set()
+        if "params" in names and names & {KEPT, LEARNED} and names <= {"params", KEPT, LEARNED}:
+            return params["params"], {name: params[name] for name in names - {"params"}}
+        return params, {}
+
     def apply(self, params: Variables, *args: Any, **kwargs: Any) -> Any:
         """Runs the function: fake-quant on float parameters, packed kernels on packed ones."""
-        return _run(self._call(params, args, kwargs), self.recipe)
+        own, ranges = self._split(params)
+        return _run(self._call(own, args, kwargs), self.recipe, _take_ranges(ranges)[1])[0]
 
     __call__ = apply
 
     def plan(self, params: Variables, *args: Any, **kwargs: Any) -> Plan:
         """Every parameter with its format, or why it stays float; arguments as for `apply`."""
-        return _plan(self._call(params, args, kwargs), self.recipe)
+        return _plan(self._call(self._split(params)[0], args, kwargs), self.recipe)
 
-    def convert(self, params: Variables, *args: Any, **kwargs: Any) -> Variables:
+    def convert(
+        self, params: Variables, *args: Any, calibration: Iterable[Any] | None = None, **kwargs: Any
+    ) -> Variables:
         """The parameters with every planned one packed; arguments and errors as for `QuantizedLinen.convert`."""
-        call = self._call(params, args, kwargs)
-        return call.with_params(_convert(call, self.recipe))[0]
+        if calibration is not None:
+            params = self.calibrate(params, calibration, progress=False, **kwargs)
+        own, ranges = self._split(params)
+        call = self._call(own, args, kwargs)
+        packed = call.with_params(_convert(call, self.recipe, _take_ranges(ranges)[1].known))[0]
+        return {"params": packed, **_ranges_of(ranges)} if ranges else packed
+
+    def observe(
+        self,
+        params: Variables,
+        batches: Iterable[Any],
+        *,
+        start: Calibration | None = None,
+        progress: bool = True,
+        **kwargs: Any,
+    ) -> Calibration:
+        """Collects what the ranges of activations need; arguments as for `QuantizedLinen.observe`."""
+
+        def step(own: Any, args: tuple) -> tuple[dict[str, Any], Plan]:
+            return _observe(self._call(own, args, kwargs), self.recipe)
+
+        return _calibration(step, self._split(params)[0], batches, start, progress)
+
+    def calibrate(
+        self, params: Variables, batches: Iterable[Any] | Calibration, *, progress: bool = True, **kwargs: Any
+    ) -> Variables:
+        """`{"params": params, "quant_stats": ..., "quant": ...}`; arguments as for `QuantizedLinen.calibrate`."""
+        if not isinstance(batches, Calibration):
+            batches = self.observe(params, batches, progress=progress, **kwargs)
+        return {"params": self._split(params)[0], **_calibrated(batches, self.recipe)}
 
 
 def _is_nnx(value: Any) -> bool:
     return isinstance(value, nnx.Module | nnx.Rngs)
+
+
+class QuantParam(nnx.Param):
+    """A learned range of an activation."""
+
+
+class QuantStat(nnx.Variable):
+    """A calibrated or averaged range of an activation, or the step of a schedule."""
+
+
+class Ranges(nnx.Module):
+    """The ranges of a `QuantizedNNX`: a variable for each array, named 'path/of/the/kernel/low'."""
+
+    def collections(self) -> dict[str, dict[str, Any]]:
+        """Their values as the collections "quant_stats" and "quant"."""
+        found: dict[str, Flat] = {KEPT: {}, LEARNED: {}}
+        steps = {}
+        for name, variable in vars(self).items():
+            if isinstance(variable, QuantStat | QuantParam):
+                path, _, part = name.rpartition("/")
+                if not path:
+                    steps[part] = variable.get_value()
+                    continue
+                which = LEARNED if isinstance(variable, QuantParam) else KEPT
+                found[which].setdefault(path, {})[part] = variable.get_value()
+        return {KEPT: {**nest(found[KEPT]), **steps}, LEARNED: nest(found[LEARNED])}
+
+    def keep(self, collections: Mapping[str, Any]) -> None:
+        """Takes over the values of collections."""
+        for collection, kind in ((KEPT, QuantStat), (LEARNED, QuantParam)):
+            tree = collections.get(collection) or {}
+            flat = {f"{name}/{part}": a for name, arrays in flatten(tree).items() for part, a in arrays.items()}
+            flat |= {STEP: tree[STEP]} if STEP in tree else {}
+            for name, value in flat.items():
+                if isinstance(old := getattr(self, name, None), kind):
+                    old.set_value(value)
+                else:
+                    setattr(self, name, kind(value))
 
 
 class QuantizedNNX(nnx.Module):
@@ -340,12 +673,16 @@ class QuantizedNNX(nnx.Module):
 
     `nnx.jit`, `nnx.grad`, `nnx.split`, `nnx.merge` and optimizers work on it as on the module that it wraps
     (`model`, whose parameters it shares); other state (batch statistics, random counters, caches) is updated in
-    place by a call.
+    place by a call. Ranges of activations are in `ranges`: learned ones are `nnx.Param`s; moving averages and the
+    step of a schedule are updated by a call while `use_running_average` is False, which `train()` and `eval()` set as
+    they do for `nnx.BatchNorm`.
     """
 
     def __init__(self, model: nnx.Module, recipe: Recipe):
         self.model = model
         self.recipe = recipe
+        self.ranges = Ranges()
+        self.use_running_average = True
 
     def _call(self, args: tuple, kwargs: dict[str, Any], method: Any) -> tuple[_Call, Callable[[Any], None]]:
         """The call, whose results are the method's and the state after it, and a function that keeps that state.
@@ -379,6 +716,7 @@ class QuantizedNNX(nnx.Module):
             (first, [leaf for leaf in leaves if not _is_nnx(leaf)], others),
             is_param=lambda path: path[0].idx == 0 and path[1].key in params,
             name=lambda path: path_name(path[1:]),
+            state=lambda path: path_name(path[1:]) if path[0].idx == 0 else None,
         )
 
         def keep(values: Any) -> None:
@@ -394,21 +732,66 @@ class QuantizedNNX(nnx.Module):
         `method` is another method of the module to run, or its name.
         """
         call, keep = self._call(args, kwargs, method)
-        out, values = _run(call, self.recipe)
+        collections = self.ranges.collections()
+        (out, values), after = _run(call, self.recipe, _take_ranges(collections, not self.use_running_average)[1])
         keep(values)
+        if after.update:
+            self.ranges.keep({KEPT: _kept(collections, after)})
         return out
 
     def plan(self, *args: Any, method: Any = None, **kwargs: Any) -> Plan:
         """Every parameter with its format, or why it stays float; arguments as for a call."""
         return _plan(self._call(args, kwargs, method)[0], self.recipe)
 
-    def convert(self, *args: Any, method: Any = None, **kwargs: Any) -> QuantizedNNX:
+    def convert(
+        self, *args: Any, calibration: Iterable[Any] | None = None, method: Any = None, **kwargs: Any
+    ) -> QuantizedNNX:
         """A copy of this module with every planned parameter packed; this one is left as it is.
 
-        Arguments as for a call; errors as for `QuantizedLinen.convert`.
+        Arguments as for a call, and `calibration` as for `QuantizedLinen.convert`; errors as there.
         """
-        packed = _convert(self._call(args, kwargs, method)[0], self.recipe)
-        return QuantizedNNX(with_nnx_values(self.model, packed), self.recipe)
+        collections = self.ranges.collections()
+        if calibration is not None:
+            seen = self.observe(calibration, progress=False, method=method, **kwargs)
+            collections = _calibrated(seen, self.recipe)
+        known = _take_ranges(collections)[1].known
+        packed = _convert(self._call(args, kwargs, method)[0], self.recipe, known)
+        out = QuantizedNNX(with_nnx_values(self.model, packed), self.recipe)
+        out.ranges.keep(_ranges_of(collections))
+        return out
+
+    def observe(
+        self,
+        batches: Iterable[Any],
+        *,
+        start: Calibration | None = None,
+        progress: bool = True,
+        method: Any = None,
+        **kwargs: Any,
+    ) -> Calibration:
+        """Collects what the ranges of activations need; arguments as for `QuantizedLinen.observe`.
+
+        State that a call changes (batch statistics, random counters) is left as it is.
+        """
+        graph, state = nnx.split(self)
+
+        def step(state: Any, args: tuple) -> tuple[dict[str, Any], Plan]:
+            module = nnx.merge(graph, state)
+            return _observe(module._call(args, kwargs, method)[0], module.recipe)
+
+        return _calibration(step, state, batches, start, progress)
+
+    def calibrate(
+        self, batches: Iterable[Any] | Calibration, *, progress: bool = True, method: Any = None, **kwargs: Any
+    ) -> QuantizedNNX:
+        """Sets the ranges of activations to what batches show, in place; returns this module.
+
+        Arguments and errors as for `QuantizedLinen.calibrate`.
+        """
+        if not isinstance(batches, Calibration):
+            batches = self.observe(batches, progress=progress, method=method, **kwargs)
+        self.ranges.keep(_calibrated(batches, self.recipe))
+        return self
 
 
 def nnx_state(model: Any) -> list[tuple[str, tuple[Any, ...], nnx.Variable]]:
@@ -423,7 +806,9 @@ def with_nnx_values(model: nnx.Module, values: Mapping[str, Any]) -> nnx.Module:
     return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(state))
 
 
-def quantize(model: Any, recipe: Any, *, strict: bool = True) -> Any:
+def quantize(
+    model: Any, recipe: Any, *, strict: bool = True, fold_batch_norm: bool = False, schedule: Schedule | None = None
+) -> Any:
     """Wraps a model so that it runs quantized.
 
     Args:
@@ -432,6 +817,9 @@ def quantize(model: Any, recipe: Any, *, strict: bool = True) -> Any:
             `qjax.Rule`s, of which the first that matches a parameter wins.
         strict: raise a `PlanError` for a rule that does nothing, and for a parameter that a rule names (its pattern
             does not end in a wildcard) but that cannot be quantized.
+        fold_batch_norm: multiply batch normalisation into the convolution or matmul before it, in training as in
+            serving (`passes.batch_norm`).
+        schedule: when training begins to quantize and stops to update moving averages.
 
     Returns:
         `QuantizedLinen`, `QuantizedNNX` or `QuantizedFunction`, each with `plan`, `convert` and a call.
@@ -447,6 +835,8 @@ def quantize(model: Any, recipe: Any, *, strict: bool = True) -> Any:
         >>> logits = q.apply(packed, tokens)
     """
     resolved = as_recipe(recipe, strict=strict)
+    if fold_batch_norm or schedule is not None:
+        resolved = dataclasses.replace(resolved, fold_batch_norm=fold_batch_norm, schedule=schedule)
     if isinstance(model, linen.Module):
         return QuantizedLinen(model, resolved)
     if isinstance(model, nnx.Module):

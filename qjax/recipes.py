@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from pallas_kernels.activations import ActSpec, Dynamic, LearnedClip, LearnedStep, MovingAverage, MseRange, Observer
 from pallas_kernels.formats import (
     FORMATS,
     AbsMax,
@@ -17,6 +18,7 @@ from pallas_kernels.formats import (
     QuickSearch,
 )
 from passes.plan import PlanError, Rule, check_patterns
+from qjax.ranges import Schedule
 
 ScaleDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -89,10 +91,30 @@ fp8_e4m3, fp8_e5m2 = _MAKERS["fp8_e4m3"], _MAKERS["fp8_e5m2"]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Rules, first match wins, and whether a rule that does nothing is an error."""
+    """Rules, first match wins, and how they are carried out.
+
+    Attributes:
+        rules: of several that match, the first wins.
+        strict: whether a rule that does nothing is an error.
+        fold_batch_norm: whether batch normalisation is multiplied into the weights before it.
+        schedule: when training quantizes; None for always.
+    """
 
     rules: tuple[Rule, ...]
     strict: bool = True
+    fold_batch_norm: bool = False
+    schedule: Schedule | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict that `from_json` reads back; the schedule of training is not part of it."""
+        rules = [rule.to_json() for rule in self.rules]
+        return {"rules": rules, "strict": self.strict, "fold_batch_norm": self.fold_batch_norm}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Recipe:
+        """Reads what `to_json` wrote."""
+        rules = tuple(Rule.from_json(rule) for rule in data["rules"])
+        return Recipe(rules, data["strict"], bool(data.get("fold_batch_norm", False)))
 
     def check_patterns(self, paths: Sequence[str]) -> None:
         """Raises a `PlanError` for a rule that matches none of the paths, if strict."""
@@ -105,11 +127,62 @@ def _training(name: str) -> QuantSpec:
     return _MAKERS[name](scale=QuickSearch() if FORMATS[name].kind == "int" else AbsMax())
 
 
+def dynamic(format: str = "int8", *, per: Literal["token", "tensor"] = "token", zero_point: bool = False) -> ActSpec:
+    """Activations quantized by the range that they have in each call; no calibration.
+
+    Args:
+        format: an integer or fp8 format by name.
+        per: "token": a scale for each row of the matmul (each example of a convolution); "tensor": one.
+        zero_point: let the range be asymmetric about 0.
+    """
+    return ActSpec(_activation_format(format), Dynamic(), per, zero_point)
+
+
+def static(format: str = "int8", *, observer: Observer | None = None, zero_point: bool = True) -> ActSpec:
+    """Activations quantized by a range that calibration finds, one for the tensor.
+
+    Args:
+        format: an integer or fp8 format by name.
+        observer: how the range follows from what was seen: `qjax.MinMax()`, `qjax.MovingAverage()` (which training goes
+            on with), `qjax.Percentile(99.99)`, `qjax.MseRange()` (default) or `qjax.EntropyRange()`.
+        zero_point: let the range be asymmetric about 0; only integers can.
+    """
+    fmt = _activation_format(format)
+    rule = MseRange() if observer is None else observer
+    return ActSpec(fmt, rule, "tensor", zero_point and fmt.kind == "int")
+
+
+def lsq(format: str = "int8", *, zero_point: bool = True) -> ActSpec:
+    """Activations quantized by a step size that the optimizer learns (LSQ, arXiv 1902.08153; LSQ+ with zero point)."""
+    return ActSpec(_activation_format(format), LearnedStep(), "tensor", zero_point)
+
+
+def pact(format: str = "int8", *, zero_point: bool = False) -> ActSpec:
+    """Activations clipped at a point that the optimizer learns (PACT, arXiv 1805.06085).
+
+    With a zero point the range is [0, clip], for what a ReLU gives; otherwise [-clip, clip].
+    """
+    return ActSpec(_activation_format(format), LearnedClip(), "tensor", zero_point)
+
+
+def _activation_format(name: str) -> Any:
+    if name not in FORMATS:
+        raise ValueError(f"qjax: no format named {name!r}; activations take int2 to int8, fp8_e4m3 and fp8_e5m2.")
+    return FORMATS[name]
+
+
 RECIPES: dict[str, tuple[Rule, ...]] = {
     **{name: (Rule("**", make()),) for name, make in _MAKERS.items()},
     **{f"{name}_qat": (Rule("**", _training(name)),) for name in _MAKERS},
+    "w8a8": (Rule("**", int8(), dynamic()),),
+    "w8a8_static": (Rule("**", int8(), static()),),
+    "w4a8": (Rule("**", int4(), dynamic()),),
+    "w8a8_qat": (Rule("**", _training("int8"), dynamic()),),
+    "w8a8_static_qat": (Rule("**", _training("int8"), static(observer=MovingAverage())),),
+    "w4a8_qat": (Rule("**", _training("int4"), dynamic()),),
 }
-"""Recipes by name: every format for all weights, and `<format>_qat` with a scale rule cheap enough for training."""
+"""Recipes by name: every format for all weights; `w8a8` and `w4a8` with activations quantized per token, `w8a8_static`
+by calibrated ranges; and each with `_qat`: with a scale rule cheap enough for training."""
 
 
 def as_recipe(recipe: Any, *, strict: bool = True) -> Recipe:

@@ -103,7 +103,7 @@ class Case:
 
         program = trace(fn, leaves, [str(i) for i in range(len(leaves))])
         refs = [Ref(x, View.identity(x.shape)) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in leaves]
-        return replay(program, refs, rules={})
+        return replay(program, refs, rules={})[0]
 
     def arrays(self, tree: Any) -> list[Any]:
         if isinstance(tree, dict):  # a parameter handed back comes as it went in: float or packed (test_sites.py)

@@ -1,0 +1,319 @@
+"""Quantized activations: `ActSpec`, and the one definition of their arithmetic.
+
+An activation is quantized in its own shape. The axes that the following product contracts are reduced over to choose
+scales, so that a scale can be taken out of the product: one for each remaining element ("token"), or one for all. With
+scale s and zero point z (or 0), in float32:
+
+    code = clip(round(x / s + z))        value = (code - z) * s
+
+Where the range comes from is the spec's `range`: from the values at hand (`Dynamic`), from calibration (`MinMax`,
+`MovingAverage`, `Percentile`, `MseRange`, `EntropyRange`), or learned by the optimizer (`LearnedStep`, `LearnedClip`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels import numerics
+from pallas_kernels.exact import divide, finite, round_to
+from pallas_kernels.formats import FORMATS, Format
+
+# --- What to do ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic:
+    """The range is that of the values at hand, found anew in each call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MinMax:
+    """The extremes seen in calibration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MovingAverage:
+    """The average of each batch's extremes, later batches weighing more; training goes on updating it.
+
+    After a batch with extremes e the average is `decay * average + (1 - decay) * e` (arXiv 1712.05877, section 3.1),
+    where `decay` starts at 0 and rises with the number of batches n as `min(decay, n / (n + 10))`, so that the first
+    batches do not count for ever.
+    """
+
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        """Checks the decay."""
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"qjax: MovingAverage(decay={self.decay}): a decay is in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentile:
+    """The range that holds `percent` of the values seen in calibration, the rest cut off evenly at both ends."""
+
+    percent: float = 99.99
+
+    def __post_init__(self) -> None:
+        """Checks the percentage."""
+        if not 50 < self.percent <= 100:
+            raise ValueError(f"qjax: Percentile({self.percent}): give a percentage above 50, such as 99.99.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MseRange:
+    """The range of least squared error over the histogram of the values seen in calibration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EntropyRange:
+    """The range of least KL divergence between the histogram and its quantized form, as in TensorRT (GTC 2017)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedStep:
+    """Learned step size, LSQ (arXiv 1902.08153), with a learned offset where there is a zero point (arXiv 2004.09576).
+
+    Calibration initialises it, by `MseRange`.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedClip:
+    """Learned clipping point, PACT (arXiv 1805.06085): [-clip, clip], or [0, clip] where there is a zero point.
+
+    Calibration initialises it, by `MinMax`. The paper regularises the clipping point: use weight decay on it.
+    """
+
+
+Observer = MinMax | MovingAverage | Percentile | MseRange | EntropyRange
+Range = Dynamic | MinMax | MovingAverage | Percentile | MseRange | EntropyRange | LearnedStep | LearnedClip
+_RANGES: dict[str, type] = {
+    "dynamic": Dynamic,
+    "min_max": MinMax,
+    "moving_average": MovingAverage,
+    "percentile": Percentile,
+    "mse": MseRange,
+    "entropy": EntropyRange,
+    "lsq": LearnedStep,
+    "pact": LearnedClip,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ActSpec:
+    """How the input of a matmul is quantized; hashable plain data.
+
+    Attributes:
+        format: an integer or float row of `FORMATS`.
+        range: where the range comes from.
+        per: "token": one scale for each element that the product does not contract (a row of a matrix, an example of
+            an image batch); only a dynamic range can have it. "tensor": one scale.
+        zero_point: integers only: the range need not be symmetric about 0.
+
+    Raises:
+        ValueError: a combination that has no meaning.
+    """
+
+    format: Format
+    range: Range = Dynamic()
+    per: Literal["token", "tensor"] = "token"
+    zero_point: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the combination."""
+        if not isinstance(self.format, Format) or self.format.kind == "codebook":
+            raise ValueError(f"qjax: activations are quantized to integers or fp8, not to {self.format}.")
+        if not isinstance(self.range, Range):
+            raise ValueError(f"qjax: {self.range!r} is no range of activations: {', '.join(_RANGES)}.")
+        if self.per not in ("token", "tensor"):
+            raise ValueError(f"qjax: activations have a scale per 'token' or per 'tensor', not {self.per!r}.")
+        if self.per == "token" and not self.is_dynamic:
+            raise ValueError("qjax: a range known before the call is one for the tensor: per='tensor'.")
+        if self.zero_point and self.format.kind != "int":
+            raise ValueError(f"qjax: {self.format} has no zero point: its values are fixed.")
+        if isinstance(self.range, LearnedStep | LearnedClip) and self.format.kind != "int":
+            raise ValueError(f"qjax: learned ranges are for integer formats, not for {self.format}.")
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the range is found in each call."""
+        return isinstance(self.range, Dynamic)
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the range is a trainable parameter."""
+        return isinstance(self.range, LearnedStep | LearnedClip)
+
+    def __str__(self) -> str:
+        """Short form for tables: `int8/token`, `int8z/tensor mse`."""
+        name = next(name for name, cls in _RANGES.items() if cls is type(self.range))
+        zero = "z" if self.zero_point else ""
+        return f"{self.format}{zero}/{self.per}" + ("" if self.is_dynamic else f" {name}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict that `from_json` reads back."""
+        name = next(name for name, cls in _RANGES.items() if cls is type(self.range))
+        return {
+            "format": self.format.name,
+            "range": {"name": name, **dataclasses.asdict(self.range)},
+            "per": self.per,
+            "zero_point": self.zero_point,
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> ActSpec:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: an unknown format or range.
+        """
+        fields = dict(data["range"])
+        name = fields.pop("name")
+        if data["format"] not in FORMATS or name not in _RANGES:
+            raise ValueError(f"qjax: this version does not know activations of {data['format']!r} with range {name!r}.")
+        return ActSpec(FORMATS[data["format"]], _RANGES[name](**fields), data["per"], bool(data["zero_point"]))
+
+
+# --- Numerics --------------------------------------------------------------------------------------------------
+
+Ranges = Mapping[str, Any]
+"""The arrays of a range that is known before the call: `low` and `high`; `step` (and `low`); or `clip`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """A quantized activation; a pytree.
+
+    Attributes:
+        codes: int8, in the shape of the activation.
+        scale: float32, size 1 along each axis that shares a scale.
+        zero: float32 integers in the shape of `scale`, signed like the codes, or None.
+    """
+
+    codes: Any
+    scale: Any
+    zero: Any = None
+
+    def centred(self, format: Format) -> Float[Array, "*S"]:
+        """`code - zero` as float32 integers: what is multiplied before scales are applied."""
+        values = numerics.decode_codes(self.codes, format)
+        return values if self.zero is None else values - self.zero
+
+    def dequantize(self, format: Format, dtype: Any) -> Float[Array, "*S"]:
+        """The activation that the codes stand for: computed in float32, rounded once to `dtype`."""
+        dtype = jnp.dtype(dtype)
+        return round_to(finite(self.centred(format) * self.scale), dtype).astype(dtype)
+
+
+def ranges_from_extremes(low: Any, high: Any, spec: ActSpec) -> dict[str, Array]:
+    """The arrays of a spec's range that cover `low` to `high`: what calibration starts or ends with."""
+    low, high = jnp.minimum(jnp.asarray(low, jnp.float32), 0.0), jnp.maximum(jnp.asarray(high, jnp.float32), 0.0)
+    if isinstance(spec.range, LearnedClip):
+        return {"clip": high if spec.zero_point else jnp.maximum(-low, high)}
+    if isinstance(spec.range, LearnedStep):
+        scale, _ = _covering(low, high, spec)
+        return {"step": scale, "low": low} if spec.zero_point else {"step": scale}
+    return {"low": low, "high": high}
+
+
+def _covering(low: Array, high: Array, spec: ActSpec) -> tuple[Array, Array | None]:
+    absmax = jnp.maximum(-low, high)
+    return numerics.range_scale(low, high, absmax, spec.format, spec.zero_point, "float32")
+
+
+def _scale(x: Array, spec: ActSpec, axes: Sequence[int], ranges: Ranges | None) -> tuple[Array, Array | None]:
+    """Scale and zero point, each with size 1 along the axes that share them."""
+    if spec.is_dynamic:
+        over = tuple(axes) if spec.per == "token" else tuple(range(x.ndim))
+        if spec.zero_point:
+            low = jnp.min(x, over, keepdims=True, initial=0.0)
+            return _covering(low, jnp.max(x, over, keepdims=True, initial=0.0), spec)
+        absmax = jnp.max(jnp.abs(x), over, keepdims=True, initial=0.0)
+        return numerics.range_scale(absmax, absmax, absmax, spec.format, False, "float32")
+    assert ranges is not None
+    known = {name: jnp.asarray(a, jnp.float32).reshape((1,) * x.ndim) for name, a in ranges.items()}
+    if isinstance(spec.range, LearnedStep):
+        scale = jnp.abs(known["step"])
+        if not spec.zero_point:
+            return scale, None
+        qmin, qmax = float(spec.format.qmin), float(spec.format.qmax)
+        return scale, lax.clamp(qmin, jnp.round(qmin - divide(known["low"], scale)), qmax)
+    if isinstance(spec.range, LearnedClip):
+        clip = jnp.abs(known["clip"])
+        return _covering(jnp.zeros_like(clip) if spec.zero_point else -clip, clip, spec)
+    return _covering(jnp.minimum(known["low"], 0.0), jnp.maximum(known["high"], 0.0), spec)
+
+
+def quantize(x: Float[Array, "*S"], spec: ActSpec, axes: Sequence[int], ranges: Ranges | None = None) -> Activation:
+    """Codes and scales of an activation.
+
+    Args:
+        x: the activation, any float dtype. NaN and infinity in a token give a NaN scale where the range is dynamic; a
+            range known before the call saturates infinity and takes NaN for 0.
+        spec: format and range.
+        axes: those that the product contracts.
+        ranges: scalars, where the range is known before the call.
+    """
+    x = x.astype(jnp.float32)
+    scale, zero = _scale(x, spec, axes, ranges)
+    y = divide(x, scale)
+    y = y if zero is None else y + zero
+    return Activation(numerics.encode(y, spec.format), scale, zero)
+
+
+def fake_quant(
+    x: Float[Array, "*S"], spec: ActSpec, axes: Sequence[int], ranges: Ranges | None = None
+) -> tuple[Activation, Float[Array, "*S"]]:
+    """The quantized activation, and its value in the dtype of x with a gradient.
+
+    The gradient in x is that of the identity where x was rounded and 0 where it was clipped (arXiv 1308.3432); a
+    learned range has the gradient of its paper.
+    """
+    fixed = lax.stop_gradient((x, ranges))
+    quantized = quantize(fixed[0], spec, axes, fixed[1])
+    value = quantized.dequantize(spec.format, x.dtype)
+    return quantized, numerics.straight_through(_smooth(x, quantized, spec, ranges).astype(x.dtype), value)
+
+
+def _smooth(x: Array, quantized: Activation, spec: ActSpec, ranges: Ranges | None) -> Array:
+    """A function whose derivatives are those that the spec's range rule defines; its value is not used."""
+    if spec.is_dynamic:
+        return x
+    x = x.astype(jnp.float32)
+    y = divide(lax.stop_gradient(x), quantized.scale)
+    y = y if quantized.zero is None else y + quantized.zero
+    lowest, highest = spec.format.bounds
+    inside = (y >= lowest) & (y <= highest)
+    if isinstance(spec.range, LearnedClip):
+        assert ranges is not None
+        clip = jnp.asarray(ranges["clip"], jnp.float32).reshape((1,) * x.ndim)
+        clip = clip * jnp.sign(lax.stop_gradient(clip))
+        upper = y > highest
+        return jnp.where(inside, x, jnp.where(upper, clip, 0.0 if spec.zero_point else -clip))
+    if isinstance(spec.range, LearnedStep):
+        assert ranges is not None
+        # arXiv 1902.08153, section 2.2: the gradient of the step is scaled by 1 / sqrt(number of values * qmax)
+        damp = 1 / math.sqrt(max(1, x.size) * spec.format.qmax)
+        step = jnp.asarray(ranges["step"], jnp.float32).reshape((1,) * x.ndim)
+        step = step * jnp.sign(lax.stop_gradient(step))
+        step = damp * step + lax.stop_gradient((1 - damp) * step)
+        code = quantized.centred(spec.format)
+        if not spec.zero_point:
+            return jnp.where(inside, x + step * lax.stop_gradient(code - y), code * step)
+        low = jnp.asarray(ranges["low"], jnp.float32).reshape((1,) * x.ndim)
+        low = damp * low + lax.stop_gradient((1 - damp) * low)
+        steps = numerics.decode_codes(quantized.codes, spec.format) - spec.format.qmin  # from the low end
+        assert quantized.zero is not None
+        rounding = lax.stop_gradient(code - (y - quantized.zero))
+        return jnp.where(inside, x + step * rounding, low + step * steps)
+    return jnp.where(inside, x, lax.stop_gradient(x))

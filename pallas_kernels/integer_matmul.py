@@ -1,0 +1,193 @@
+"""`integer_matmul(x, w)`: quantized activations times a packed integer weight, as one JAX primitive.
+
+What it means, for each matrix of the stack, with groups g along K, codes c, zero points z (or 0) and scales s:
+
+    out[m, n] = (sum over g of  acc[g, m, n] * s_w[g, n]) * s_x[m]
+    acc[g, m, n] = sum over k in g of  (c_x[m, k] - z_x[m]) * (c_w[k, n] - z_w[g, n])      exact, in integers
+
+`acc` is converted to float32 once; the groups are added in float32 in ascending order, each product rounded before it
+is added. So every lowering gives the same bits, and what training simulates is what is served. It has no derivative of
+its own: `passes.integer` gives it the straight-through one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float, Int, Int8
+
+from pallas_kernels import integer_matmul_cpu, numerics, packing
+from pallas_kernels.exact import finite
+from pallas_kernels.formats import PerGroup
+from pallas_kernels.matmul_reference import pick_layer
+from pallas_kernels.qtensor import QTensor
+
+integer_matmul_p = Primitive("integer_matmul")
+
+
+def integer_matmul(
+    x: Int8[Array, "*stack M K"],
+    scale: Float[Array, "*stack M _"],
+    zero: Float[Array, "*stack M _"] | None,
+    w: QTensor,
+    *,
+    layer: Int[Array, ""] | int | None = None,
+    out_dtype: Any = jnp.float32,
+) -> Float[Array, "*stack M N"]:
+    """The product of dequantized `x` and `w`, accumulated in integers.
+
+    Args:
+        x: codes of the activations, signed integers of at most 8 bits.
+        scale: their scales, float32, `(*stack, M, 1)`.
+        zero: their zero points, float32 integers shaped like `scale`, or None.
+        w: packed weight of an integer format; its matrix is `(*stack, K, N)`, or `(L, *stack, K, N)` with `layer`.
+        layer: picks one matrix of the leading axis of `w`.
+        out_dtype: the float32 result is rounded to it.
+
+    Raises:
+        TypeError: the shapes do not fit, or the weight's format has no integers.
+    """
+    stack = w.words.shape[:-2][layer is not None :]
+    if w.spec.format.kind != "int":
+        raise TypeError(f"qjax: integer_matmul takes an integer weight, not {w.spec.format}.")
+    if x.ndim < 2 or x.shape[:-2] != stack or x.shape[-1] != w.layout.k or scale.shape != (*x.shape[:-1], 1):
+        raise TypeError(
+            f"qjax: integer_matmul of x{list(x.shape)} with scales {list(scale.shape)} and a packed matrix of stack "
+            f"{list(stack)}, K={w.layout.k}, N={w.layout.n}: x must be (*stack, rows, {w.layout.k}), one scale a row."
+        )
+    leaves, tree = jax.tree.flatten(w)
+    operands = [x, scale, *([] if zero is None else [zero]), *leaves]
+    if layer is not None:
+        operands.append(jnp.asarray(layer, jnp.int32))
+    return integer_matmul_p.bind(
+        *operands, tree=tree, has_zero=zero is not None, indexed=layer is not None, out_dtype=jnp.dtype(out_dtype)
+    )
+
+
+def matmul_reference(
+    x: Int8[Array, "*stack M K"],
+    scale: Float[Array, "*stack M 1"],
+    zero: Float[Array, "*stack M 1"] | None,
+    w: QTensor,
+    *,
+    layer: Int[Array, ""] | int | None,
+    out_dtype: Any,
+) -> Float[Array, "*stack M N"]:
+    """`integer_matmul` in plain `jax.numpy`: one int8 dot for each group, zero points as corrections."""
+    words, scales = pick_layer(w, layer).matrix_arrays()
+    codes = packing.unpack(words, w.spec.format, w.layout.k)  # int8 (*stack, K, N)
+    values = numerics.resolve_scales(scales)  # (*stack, G, N or 1)
+    k = w.layout.k
+    size = group_size(w)
+    whole = k // size
+    stack = tuple(range(x.ndim - 2))
+    numbers = (((x.ndim - 1,), (x.ndim - 2,)), (stack, stack))
+
+    def group(out: Array, g: Any, size: int) -> Array:
+        cx = lax.dynamic_slice_in_dim(x, g * group_size(w), size, axis=-1)
+        cw = lax.dynamic_slice_in_dim(codes, g * group_size(w), size, axis=-2)
+        acc = lax.dot_general(cx, cw, numbers, preferred_element_type=jnp.int32)
+        zw = None
+        if scales.zero is not None:
+            zw = lax.dynamic_slice_in_dim(scales.zero, g, 1, axis=-2).astype(jnp.int32)
+            acc -= zw * jnp.sum(cx, axis=-1, keepdims=True, dtype=jnp.int32)
+        if zero is not None:
+            columns = jnp.sum(cw, axis=-2, keepdims=True, dtype=jnp.int32)
+            acc -= zero.astype(jnp.int32) * (columns if zw is None else columns - size * zw)
+        return out + finite(acc.astype(jnp.float32) * lax.dynamic_slice_in_dim(values, g, 1, axis=-2))
+
+    out = jnp.zeros((*x.shape[:-1], w.layout.n), jnp.float32)
+    if whole == 1:
+        out = group(out, 0, size)
+    elif whole:
+        out = lax.fori_loop(0, whole, lambda g, out: group(out, g, size), out)
+    if k % size:
+        out = group(out, whole, k % size)
+    return (out * scale).astype(out_dtype)
+
+
+def group_size(w: QTensor) -> int:
+    """Values along K that share a scale, at least 1."""
+    k = max(1, w.layout.k)
+    return min(w.spec.granularity.size, k) if isinstance(w.spec.granularity, PerGroup) else k
+
+
+def _cpu(x: Array, scale: Array, zero: Array | None, w: QTensor, **options: Any) -> Array:
+    return integer_matmul_cpu.matmul(x, scale, zero, w, group=group_size(w), **options)
+
+
+def _unflatten(operands: Any, params: dict[str, Any]) -> tuple[Any, Any, Any, QTensor, Any]:
+    """x, scale, zero, weight and layer."""
+    x, scale, *rest = operands
+    zero = rest.pop(0) if params["has_zero"] else None
+    layer = rest.pop() if params["indexed"] else None
+    return x, scale, zero, jax.tree.unflatten(params["tree"], rest), layer
+
+
+def _with(implementation: Callable[..., Array]) -> Callable[..., Array]:
+    def lowered(*operands: Array, **params: Any) -> Array:
+        x, scale, zero, w, layer = _unflatten(operands, params)
+        return implementation(x, scale, zero, w, layer=layer, out_dtype=params["out_dtype"])
+
+    return lowered
+
+
+@functools.cache
+def _jitted(**params: Any) -> Callable[..., Array]:
+    return jax.jit(functools.partial(integer_matmul_p.bind, **params))
+
+
+@integer_matmul_p.def_impl
+def _impl(*operands: Array, **params: Any) -> Array:
+    return _jitted(**params)(*operands)
+
+
+@integer_matmul_p.def_abstract_eval
+def _abstract_eval(*operands: Any, **params: Any) -> Any:
+    x, _, _, w, _ = _unflatten(operands, params)
+    return ShapedArray((*x.shape[:-1], w.layout.n), params["out_dtype"])
+
+
+def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Any]:
+    raise TypeError(
+        "qjax: integer_matmul has no derivative of its own: codes are integers. Call it on stop_gradient values and "
+        "add the straight-through derivative, as passes.integer does."
+    )
+
+
+def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
+    size = next(o.shape[d] for o, d in zip(operands, dims, strict=True) if d is not None)
+    rows = 3 if params["has_zero"] else 2  # operands that have a row axis
+
+    def lead(a: Any, dim: int | None) -> Array:
+        return jnp.broadcast_to(a, (size, *a.shape)) if dim is None else jnp.moveaxis(a, dim, 0)
+
+    moved = [lead(a, dim) for a, dim in zip(operands[:rows], dims[:rows], strict=True)]
+    if all(dim is None for dim in dims[rows:]):  # one weight, more rows: (B, *stack, M, _) -> (*stack, B * M, _)
+        folded = []
+        for a in moved:
+            a = jnp.moveaxis(a, 0, -3)
+            folded.append(a.reshape(*a.shape[:-3], -1, a.shape[-1]))
+        out = integer_matmul_p.bind(*folded, *operands[rows:], **params)
+        *stack, _, n = out.shape
+        return out.reshape(*stack, size, -1, n), len(stack)
+    leaves = [lead(a, dim) for a, dim in zip(operands[rows:], dims[rows:], strict=True)]
+    if params["indexed"]:  # each element has its own layer: pick it before the product
+        index = leaves.pop()
+        leaves = [jax.vmap(lambda a, i: lax.dynamic_index_in_dim(a, i, 0, False))(a, index) for a in leaves]
+        params = {**params, "indexed": False}
+    return integer_matmul_p.bind(*moved, *leaves, **params), 0
+
+
+ad.primitive_jvps[integer_matmul_p] = _jvp
+batching.primitive_batchers[integer_matmul_p] = _batch
+mlir.register_lowering(integer_matmul_p, mlir.lower_fun(_with(matmul_reference), multiple_results=False))
+mlir.register_lowering(integer_matmul_p, mlir.lower_fun(_with(_cpu), multiple_results=False), platform="cpu")
