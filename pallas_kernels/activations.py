@@ -60,7 +60,7 @@ class MovingAverage:
 class Percentile:
     """The range that holds `percent` of the values seen in calibration, the rest cut off evenly at both ends."""
 
-    percent: float = 99.99
+    percent: float | int = 99.99
 
     def __post_init__(self) -> None:
         """Checks the percentage."""
@@ -231,14 +231,19 @@ def _covering(low: Array, high: Array, spec: ActSpec) -> tuple[Array, Array | No
     return numerics.range_scale(low, high, absmax, spec.format, spec.zero_point, "float32")
 
 
+def _no_infinity(extreme: Array) -> Array:
+    """NaN instead of infinity, which a scale would saturate at: the other values would come back as zeros."""
+    return jnp.where(jnp.isinf(extreme), jnp.nan, extreme)
+
+
 def _scale(x: Array, spec: ActSpec, axes: Sequence[int], ranges: Ranges | None) -> tuple[Array, Array | None]:
     """Scale and zero point, each with size 1 along the axes that share them."""
     if spec.is_dynamic:
         over = tuple(axes) if spec.per == "token" else tuple(range(x.ndim))
         if spec.zero_point:
-            low = jnp.min(x, over, keepdims=True, initial=0.0)
-            return _covering(low, jnp.max(x, over, keepdims=True, initial=0.0), spec)
-        absmax = jnp.max(jnp.abs(x), over, keepdims=True, initial=0.0)
+            low = _no_infinity(jnp.min(x, over, keepdims=True, initial=0.0))
+            return _covering(low, _no_infinity(jnp.max(x, over, keepdims=True, initial=0.0)), spec)
+        absmax = _no_infinity(jnp.max(jnp.abs(x), over, keepdims=True, initial=0.0))
         return numerics.range_scale(absmax, absmax, absmax, spec.format, False, "float32")
     assert ranges is not None
     known = {name: jnp.asarray(a, jnp.float32).reshape((1,) * x.ndim) for name, a in ranges.items()}
@@ -259,7 +264,8 @@ def quantize(x: Float[Array, "*S"], spec: ActSpec, axes: Sequence[int], ranges: 
 
     Args:
         x: the activation, any float dtype. NaN and infinity in a token give a NaN scale where the range is dynamic; a
-            range known before the call saturates infinity and takes NaN for 0.
+            range known before the call saturates infinity; NaN is code 0 of an integer format there, and stays NaN in a
+            float one.
         spec: format and range.
         axes: those that the product contracts.
         ranges: scalars, where the range is known before the call.

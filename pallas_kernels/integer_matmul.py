@@ -6,8 +6,8 @@ What it means, for each matrix of the stack, with groups g along K, codes c, zer
     acc[g, m, n] = sum over k in g of  (c_x[m, k] - z_x[m]) * (c_w[k, n] - z_w[g, n])      exact, in integers
 
 `acc` is converted to float32 once; the groups are added in float32 in ascending order, each product rounded before it
-is added. So every lowering gives the same bits, and what training simulates is what is served. It has no derivative of
-its own: `passes.integer` gives it the straight-through one.
+is added; a sum of 0 is +0. So every lowering gives the same bits, and what training simulates is what is served. It has
+no derivative of its own: `passes.integer` gives it the straight-through one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, Int8
 from pallas_kernels import integer_matmul_cpu, numerics, packing
 from pallas_kernels.exact import finite
 from pallas_kernels.formats import PerGroup
+from pallas_kernels.integer_matmul_cpu import rescale
 from pallas_kernels.matmul_reference import pick_layer
 from pallas_kernels.qtensor import QTensor
 
@@ -53,7 +54,8 @@ def integer_matmul(
         out_dtype: the float32 result is rounded to it.
 
     Raises:
-        TypeError: the shapes do not fit, or the weight's format has no integers.
+        TypeError: the shapes do not fit, the weight's format has no integers, or the sum of a group may not fit into
+            32 bits.
     """
     stack = w.words.shape[:-2][layer is not None :]
     if w.spec.format.kind != "int":
@@ -62,6 +64,13 @@ def integer_matmul(
         raise TypeError(
             f"qjax: integer_matmul of x{list(x.shape)} with scales {list(scale.shape)} and a packed matrix of stack "
             f"{list(stack)}, K={w.layout.k}, N={w.layout.n}: x must be (*stack, rows, {w.layout.k}), one scale a row."
+        )
+    levels = -w.spec.format.qmin if w.scales.zero is None else 2 * -w.spec.format.qmin
+    largest = group_size(w) * (128 if zero is None else 255) * levels
+    if largest >= 2**31:
+        raise TypeError(
+            f"qjax: integer_matmul sums {group_size(w)} products of 8-bit activations and {w.spec} weights, up to "
+            f"{largest}, which does not fit into 32 bits. Give the weight a scale for each group: PerGroup(128)."
         )
     leaves, tree = jax.tree.flatten(w)
     operands = [x, scale, *([] if zero is None else [zero]), *leaves]
@@ -111,7 +120,7 @@ def matmul_reference(
         out = lax.fori_loop(0, whole, lambda g, out: group(out, g, size), out)
     if k % size:
         out = group(out, whole, k % size)
-    return (out * scale).astype(out_dtype)
+    return rescale(out, scale, out_dtype)
 
 
 def group_size(w: QTensor) -> int:

@@ -93,7 +93,7 @@ class Statistic:
         """Of different batches, seen side by side: the averages count as much as their weights."""
         weight = self.weight + other.weight
 
-        def average(a: Array, b: Array) -> Array:
+        def average(a: Any, b: Any) -> Array:
             parts = jnp.where(self.weight > 0, self.weight * a, 0.0), jnp.where(other.weight > 0, other.weight * b, 0.0)
             return (parts[0] + parts[1]) / jnp.where(weight > 0, weight, 1.0)
 
@@ -120,12 +120,12 @@ class Statistic:
         return lax.scan(step, first, jnp.arange(1, self.low.shape[0]))[0]
 
 
-def _rebin(counts: Array, limit: Array, wider: Array) -> Array:
+def _rebin(counts: Any, limit: Any, wider: Any) -> Array:
     """Counts of a histogram up to `limit` as those of one up to `wider`, both powers of two (or 0: nothing yet)."""
     doublings = jnp.where(limit > 0, jnp.log2(wider / jnp.where(limit > 0, limit, 1.0)), 0.0)
     shift = jnp.clip(jnp.round(doublings), 0, 31).astype(jnp.int32)[..., None, None]
     where = jnp.broadcast_to(jnp.arange(BINS, dtype=jnp.int32) >> shift, counts.shape)
-    flat, index = counts.reshape(-1, BINS), where.reshape(-1, BINS)
+    flat, index = jnp.asarray(counts).reshape(-1, BINS), where.reshape(-1, BINS)
     return jax.vmap(lambda c, i: jnp.zeros_like(c).at[i].add(c))(flat, index).reshape(counts.shape)
 
 
@@ -172,7 +172,7 @@ def extremes(statistic: Statistic, spec: ActSpec) -> tuple[np.ndarray, np.ndarra
     ends = []
     for c, limit, lo, hi in zip(counts, limits, low.reshape(-1), high.reshape(-1), strict=True):
         if isinstance(rule, Percentile):
-            found = _percentile(c, limit, rule.percent, spec)
+            found = _percentile(c, limit, float(rule.percent), spec)
         elif isinstance(rule, EntropyRange):
             found = _entropy(c, limit, spec)
         else:

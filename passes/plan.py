@@ -215,11 +215,13 @@ class Plan:
         entries: one per parameter, in path order, then one per fold.
         unweighted: matmuls and convolutions without a parameter, as (what, what is done or why nothing is).
         sites: the matmuls and convolutions whose inputs are quantized, in program order.
+        norms: batch normalisations, where they are folded, as (name, what is done or why nothing is).
     """
 
     entries: tuple[Entry, ...]
     unweighted: tuple[tuple[str, str], ...]
     sites: tuple[QuantizedSite, ...] = ()
+    norms: tuple[tuple[str, str], ...] = ()
 
     @functools.cached_property
     def _by_name(self) -> dict[str, Entry]:
@@ -304,7 +306,7 @@ class Plan:
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=1000, color_system=None)  # never wraps: paths can be searched for
         console.print(self)
-        for what, reason in self.unweighted:
+        for what, reason in (*self.unweighted, *((f"batch norm {name}", what) for name, what in self.norms)):
             console.print(f"{what}: {reason}")
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines())
@@ -426,7 +428,7 @@ class _Planner:
         return self.pack(entry, rule, layout, reason, own)
 
     def fold(self, fold: Fold) -> Entry:
-        parts = fold.expr.params
+        parts = tuple(path for path in fold.expr.params if path in self.sites.params)  # the others are state
         weights = [path for path in parts if len(self.sites.params[path].shape) >= 2] or parts
         matched = sorted({self.rule(path) for path in weights}, key=str)  # of the kernels, not of their scales
         wanted = [self.rules[i] if i is not None else Rule("**") for i in matched]

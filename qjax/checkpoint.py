@@ -158,14 +158,20 @@ class _Leaf:
     value: Any
 
 
+_RANGES = "ranges:"
+"""Begins the path of a range of an NNX module, which is no variable of the model."""
+
+
 def _flatten(q: Any, variables: Any) -> list[_Leaf]:
     if isinstance(q, QuantizedNNX):
         if variables is not None:
             raise TypeError("qjax: an NNX module holds its own variables: save(path, q).")
-        return [
+        own = [
             _Leaf(name, [["d" if isinstance(k, str) else "i", k] for k in path], variable.get_value())
             for name, path, variable in nnx_state(q.model)
         ]
+        ranges = {f"{_RANGES}{name}": value for name, value in q.ranges.values().items()}
+        return own + [_Leaf(name, [["d", name]], value) for name, value in ranges.items()]
     if variables is None:
         raise TypeError("qjax: save needs the packed variables: save(path, q, packed).")
     unboxed = meta.unbox(variables)
@@ -407,6 +413,8 @@ def _read_arrays(
 
 
 def _into_nnx(q: QuantizedNNX, values: dict[str, Any], *, partial: bool) -> QuantizedNNX:
+    ranges = {path.removeprefix(_RANGES): a for path, a in values.items() if path.startswith(_RANGES)}
+    values = {path: value for path, value in values.items() if not path.startswith(_RANGES)}
     names = {name: variable for name, _, variable in nnx_state(q.model)}
     if extra := sorted(set(values) - set(names)):
         raise CheckpointError(f"qjax: the checkpoint has {extra[0]!r}, the model has not: another model was saved.")
@@ -418,4 +426,6 @@ def _into_nnx(q: QuantizedNNX, values: dict[str, Any], *, partial: bool) -> Quan
             raise CheckpointError(
                 f"qjax: {name!r} is {list(value.shape)} in the checkpoint but {list(expected)} in the model."
             )
-    return QuantizedNNX(with_nnx_values(q.model, values), q.recipe)
+    out = QuantizedNNX(with_nnx_values(q.model, values), q.recipe)
+    out.ranges.set(ranges)
+    return out

@@ -24,7 +24,8 @@ from pallas_kernels.activations import ActSpec, MovingAverage
 from pallas_kernels.qtensor import FoldedParam, QTensor, fake_quant, fake_quant_with_codes, is_packed
 from pallas_kernels.qtensor import quantize as pack
 from passes import control_flow, integer, lower
-from passes.plan import Entry, Plan, make_plan
+from passes.batch_norm import fold_batch_norm
+from passes.plan import Entry, Plan, PlanError, make_plan
 from passes.replay import Absorbed, FoldValue, Ref, replay
 from passes.sites import Sites, evaluate_fold, find_sites
 from passes.trace import Program, path_name, trace
@@ -125,13 +126,17 @@ class _Compiled:
 def _compile(call: _Call, recipe: Recipe, *, strict: bool) -> _Compiled:
     program = call.trace()
     known: dict[str, Any] = {}
+    norms: list[tuple[str, str]] = []
     if recipe.fold_batch_norm:
-        from passes.batch_norm import fold_batch_norm
-
-        program, folded, _ = fold_batch_norm(program)
-        known = {path: leaf for path, leaf in zip(call.state_paths, call.leaves, strict=True) if path in folded}
+        program, folded, unfolded = fold_batch_norm(program)
+        read = {path for norm in folded for path in norm.state}
+        known = {path: leaf for path, leaf in zip(call.state_paths, call.leaves, strict=True) if path in read}
+        norms = [(n.name, f"folded into {', '.join(n.weight)} ({n.statistics} statistics)") for n in folded]
+        norms += [(n.name, n.reason) for n in unfolded]
+        if strict and not norms:
+            raise PlanError("qjax: fold_batch_norm=True, but this call has no batch normalisation. Leave it out.")
     sites = find_sites(program, frozenset(known))
-    plan = make_plan(sites, recipe.rules, strict=strict)
+    plan = dataclasses.replace(make_plan(sites, recipe.rules, strict=strict), norms=tuple(norms))
     params = {path: leaf for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None}
     return _Compiled(program, sites, plan, {**known, **params})
 
@@ -639,33 +644,42 @@ class QuantStat(nnx.Variable):
 
 
 class Ranges(nnx.Module):
-    """The ranges of a `QuantizedNNX`: a variable for each array, named 'path/of/the/kernel/low'."""
+    """The ranges of a `QuantizedNNX`: a variable for each array, named 'quant_stats/path/of/the/kernel/low'."""
+
+    def values(self) -> dict[str, Any]:
+        """Their arrays, by name."""
+        variables = {n: v for n, v in vars(self).items() if isinstance(v, QuantStat | QuantParam)}
+        return {name: variable.get_value() for name, variable in variables.items()}
+
+    def set(self, values: Mapping[str, Any]) -> None:
+        """Takes over arrays, by name."""
+        for name, value in values.items():
+            kind = QuantParam if name.startswith(f"{LEARNED}/") else QuantStat
+            if isinstance(old := getattr(self, name, None), kind):
+                old.set_value(value)
+            else:
+                setattr(self, name, kind(value))
 
     def collections(self) -> dict[str, dict[str, Any]]:
-        """Their values as the collections "quant_stats" and "quant"."""
+        """Their arrays as the collections "quant_stats" and "quant"."""
         found: dict[str, Flat] = {KEPT: {}, LEARNED: {}}
         steps = {}
-        for name, variable in vars(self).items():
-            if isinstance(variable, QuantStat | QuantParam):
-                path, _, part = name.rpartition("/")
-                if not path:
-                    steps[part] = variable.get_value()
-                    continue
-                which = LEARNED if isinstance(variable, QuantParam) else KEPT
-                found[which].setdefault(path, {})[part] = variable.get_value()
+        for name, value in self.values().items():
+            collection, _, rest = name.partition("/")
+            path, _, part = rest.rpartition("/")
+            if path:
+                found[collection].setdefault(path, {})[part] = value
+            else:
+                steps[part] = value
         return {KEPT: {**nest(found[KEPT]), **steps}, LEARNED: nest(found[LEARNED])}
 
     def keep(self, collections: Mapping[str, Any]) -> None:
-        """Takes over the values of collections."""
-        for collection, kind in ((KEPT, QuantStat), (LEARNED, QuantParam)):
+        """Takes over collections."""
+        for collection in (KEPT, LEARNED):
             tree = collections.get(collection) or {}
-            flat = {f"{name}/{part}": a for name, arrays in flatten(tree).items() for part, a in arrays.items()}
-            flat |= {STEP: tree[STEP]} if STEP in tree else {}
-            for name, value in flat.items():
-                if isinstance(old := getattr(self, name, None), kind):
-                    old.set_value(value)
-                else:
-                    setattr(self, name, kind(value))
+            named = {f"{name}/{part}": a for name, arrays in flatten(tree).items() for part, a in arrays.items()}
+            named |= {STEP: tree[STEP]} if STEP in tree else {}
+            self.set({f"{collection}/{name}": value for name, value in named.items()})
 
 
 class QuantizedNNX(nnx.Module):

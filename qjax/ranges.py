@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -53,6 +54,10 @@ class Schedule:
             raise ValueError(f"qjax: {self!r}: steps are counted from 0.")
 
 
+# The name of a folded matrix, '{conv/kernel,bn/scale}:mul', is cut outside its braces only.
+_PARTS = re.compile(r"/(?![^{]*\})")
+
+
 def specs_of(plan: Plan) -> dict[str, ActSpec]:
     """The spec of every range that a plan keeps, by name."""
     return {i.range: site.spec for site in plan.sites for i in site.inputs if i.range is not None}
@@ -82,7 +87,7 @@ def nest(flat: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, arrays in flat.items():
         node = out
-        for part in name.split("/"):
+        for part in _PARTS.split(name):
             node = node.setdefault(part, {})
         node.update(arrays)
     return out

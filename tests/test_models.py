@@ -86,10 +86,10 @@ class Case:
         model = self.instance.model
         return self._run(model, model.apply if isinstance(model, nn.Module) else model, params, inputs)
 
-    def quantized(self, params: Any, inputs: Any) -> Any:
+    def quantized(self, params: Any, inputs: Any, recipe: Any = SPEC) -> Any:
         """The wrapped model: fake-quant or packed, as the parameters are."""
         if isinstance(self.instance.model, nnx.Module):
-            q = qjax.quantize(nnx.merge(self.graph, params, self.state, copy=True), SPEC)
+            q = qjax.quantize(nnx.merge(self.graph, params, self.state, copy=True), recipe)
             return q(*self._args(inputs), **self._how())
         return self._run(self.q, self.q.apply, params, inputs)
 
@@ -259,6 +259,29 @@ def test_packed_model_runs_eagerly(name: str):
     packed = case.packed()
     eager, jitted = case.quantized(packed, case.inputs), jax.jit(case.quantized)(packed, case.inputs)
     assert_close(case.arrays(eager), case.arrays(jitted), what="eager against jit", ulps=256)
+
+
+INTEGER = [qjax.Rule("**", SPEC, qjax.dynamic())]
+
+
+def test_integers_of_training_are_the_integers_served(case: Case):
+    """With quantized inputs, training and serving add up the same integers: equal to the last bit."""
+    try:
+        case.q = qjax.quantize(case.instance.model, INTEGER)
+        packed = case.packed()
+
+        @jax.jit
+        def run(params, packed, inputs):
+            return [case.arrays(case.quantized(p, inputs, INTEGER)) for p in (params, packed)]
+
+        trained, served = run(case.params, packed, case.inputs)
+        if not any(site.product == "integer" for site in case.plan(INTEGER).sites):
+            assert_close(served, trained, what="float products")
+            return
+        for t, s in zip(trained, served, strict=True):
+            np.testing.assert_array_equal(np.asarray(t), np.asarray(s))
+    finally:
+        case.q = qjax.quantize(case.instance.model, SPEC)
 
 
 def test_plan_is_the_golden_table(case: Case, request):

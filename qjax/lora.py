@@ -1,0 +1,426 @@
+"""`lora`: low-rank adapters on a quantized model (QLoRA, arXiv 2305.14314), trained while the packed weights stay.
+
+Adapters travel in a collection "lora" beside "params", nested by the path of their parameter:
+`{"params": packed, "lora": {"up": {"kernel": {"a": ..., "b": ...}}}}`. They are float32 and the only leaves that train;
+the forward multiplies them in the dtype of its activations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from pallas_kernels.qtensor import FoldedParam, QTensor, is_packed
+from passes.adapters import Adapter, AdapterPlan, AdapterSpec, adapter, attach, plan_adapters
+from qjax.model import (
+    QuantizedFunction,
+    QuantizedLinen,
+    QuantizedNNX,
+    Variables,
+    _Call,
+    _compile,
+    _Compiled,
+    _convert,
+    _pack_jitted,
+    _ranges_of,
+    _run,
+    _take_ranges,
+    nnx_state,
+    with_nnx_values,
+)
+from qjax.ranges import Flat, flatten, nest
+from qjax.recipes import Recipe
+
+LORA = "lora"
+"""Name of the collection."""
+
+
+def _take(variables: Variables) -> tuple[dict[str, Any], Flat]:
+    """The other collections, and the adapters by path."""
+    return {name: tree for name, tree in variables.items() if name != LORA}, flatten(variables.get(LORA))
+
+
+def _with_adapters(call: _Call, adapters: Flat, scale: float) -> _Call:
+    """The call, so that it runs with adapters."""
+
+    def rewrite(compiled: _Compiled, values: list[Any], at: Mapping[Any, Any]) -> tuple[list[Any], dict[Any, Any]]:
+        return attach(compiled.program, compiled.sites, compiled.plan, values, at, adapters, scale)
+
+    call.rewrite = rewrite if adapters else None
+    return call
+
+
+def _plan(call: _Call, recipe: Recipe, spec: AdapterSpec) -> AdapterPlan:
+    compiled = _compile(call, recipe, strict=False)
+    return plan_adapters(compiled.program, compiled.sites, compiled.plan, spec)
+
+
+def _leaves(call: _Call) -> dict[str, Any]:
+    return {path: leaf for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None}
+
+
+# --- First values ------------------------------------------------------------------------------------------------
+
+
+def _initial(key: Array, plan: AdapterPlan) -> Flat:
+    """`a` uniform with variance 1 / (3 K), `b` zero: LoRA's own initialisation, and no change to the model at first."""
+    out: Flat = {}
+    rank = plan.spec.rank
+    for entry in plan.adapted:
+        assert entry.matrix is not None
+        *stack, k, n = entry.matrix
+        bound = k**-0.5
+        own = jax.random.fold_in(key, zlib.crc32(entry.name.encode()))  # adding a target leaves the others as they are
+        a = jax.random.uniform(own, (*stack, k, rank), jnp.float32, -bound, bound)
+        out[entry.name] = {"a": a, "b": jnp.zeros((*stack, rank, n), jnp.float32)}
+    return out
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "scale"))
+def _factors(w: Array, q: QTensor, rank: int, scale: float) -> tuple[Array, Array, Array]:
+    """`a` and `b` of the best rank-`rank` fit to what `q` lacks of `w`, and the squared error that remains."""
+    rest = q.layout.to_matrix(w.astype(jnp.float32)) - q.matrix(jnp.dtype("float32"))
+    u, s, v = jnp.linalg.svd(rest, full_matrices=False)
+    s = jnp.sqrt(s[..., :rank] / scale)
+    a, b = u[..., :rank] * s[..., None, :], s[..., :, None] * v[..., :rank, :]
+    short = rank - a.shape[-1]  # the rank may exceed that of the matrix
+    a, b = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + p) for x, p in ((a, [(0, 0), (0, short)]), (b, [(0, short), (0, 0)])))
+    error = jnp.sum((rest - Adapter(a, b, q.layout, scale).matrix()) ** 2)
+    return a, b, error
+
+
+def _packed_again(matrix: Array, like: QTensor) -> QTensor:
+    """A matrix packed in the format of another."""
+    w = like.layout.from_matrix(matrix.astype(like.dtype))
+    return _pack_jitted(w, spec=like.spec, layout=like.layout, order=like.order)
+
+
+def _loftq(
+    floats: Mapping[str, Any], packed: dict[str, Any], plan: AdapterPlan, iterations: int
+) -> tuple[dict[str, Any], Flat]:
+    """LoftQ (arXiv 2310.08659), algorithm 1: Q_t = quantize(W - A_t-1 B_t-1), then A_t, B_t = SVD_r(W - Q_t).
+
+    The best iterate of each parameter is kept: nothing says that a further quantization cannot lose.
+    """
+    out, scale = dict(packed), plan.spec.scale
+    adapters: Flat = {}
+    for entry in plan.adapted:
+        w, q = jnp.asarray(floats[entry.name]), packed[entry.name]
+        matrix = q.layout.to_matrix(w.astype(jnp.float32))
+        least = jnp.inf
+        for _ in range(iterations):
+            a, b, error = _factors(w, q, plan.spec.rank, scale)
+            if error < least:
+                least, out[entry.name], adapters[entry.name] = error, q, {"a": a, "b": b}
+            q = _packed_again(matrix - Adapter(a, b, q.layout, scale).matrix(), q)
+    return out, adapters
+
+
+def _start(
+    call: _Call, recipe: Recipe, spec: AdapterSpec, key: Array, iterations: int, known: Flat
+) -> tuple[dict[str, Any], Flat]:
+    """The parameters to replace, by path, and the adapters."""
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+        raise ValueError(f"qjax: loftq_iterations={iterations!r} is a whole number; 0 starts from b = 0.")
+    plan = _plan(call, recipe, spec)
+    if not iterations:
+        return {}, _initial(key, plan)
+    floats = _leaves(call)
+    if done := [entry.name for entry in plan.adapted if is_packed(floats[entry.name])]:
+        raise TypeError(
+            f"qjax: {done[0]!r} is packed already: LoftQ needs the float weights, of which it quantizes what the "
+            "adapters leave. Pass the float variables, or loftq_iterations=0."
+        )
+    return _loftq(floats, _convert(call, recipe, known), plan, iterations)
+
+
+# --- Merging -----------------------------------------------------------------------------------------------------
+
+
+def _merged(leaves: Mapping[str, Any], adapters: Flat, scale: float, requantize: bool) -> dict[str, Any]:
+    """The parameters, by path, with their adapters added: float, or packed again as they were."""
+    out: dict[str, Any] = {}
+    for name in adapters:
+        if not isinstance(leaves.get(name), QTensor):
+            raise ValueError(f"qjax: 'lora' has an adapter for {name!r}, which is no packed parameter of the model.")
+    for name, leaf in leaves.items():
+        if not is_packed(leaf) or (requantize and name not in adapters):
+            continue
+        if isinstance(leaf, FoldedParam) and not is_packed(leaf.own):
+            if leaf.own is None:
+                raise ValueError(
+                    f"qjax: {name!r} was packed as part of {', '.join(leaf.derived) or 'a folded matrix'} and has no "
+                    "float value of its own any more. Merge with requantize=True, which leaves it packed."
+                )
+            out[name] = leaf.own
+            continue
+        q = leaf.own if isinstance(leaf, FoldedParam) else leaf
+        if name not in adapters:
+            out[name] = q.dequantize()
+            continue
+        added = adapter(name, adapters[name], q.shape, q.layout, scale).matrix()
+        matrix = q.matrix(jnp.dtype("float32")) + added
+        out[name] = _packed_again(matrix, q) if requantize else q.layout.from_matrix(matrix.astype(q.dtype))
+    return out
+
+
+# --- The three kinds of model ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraLinen(QuantizedLinen):
+    """A quantized Linen module with adapters.
+
+    `apply` is that of `QuantizedLinen` and takes the adapters as the collection "lora"; without it, it is the model
+    without adapters.
+    """
+
+    spec: AdapterSpec
+
+    def _call(self, variables: Variables, args: tuple, kwargs: dict[str, Any], how: dict[str, Any]) -> _Call:
+        own, adapters = _take(variables)
+        return _with_adapters(super()._call(own, args, kwargs, how), adapters, self.spec.scale)
+
+    def plan(  # type: ignore[override]
+        self,
+        variables: Variables,
+        *args: Any,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
+    ) -> AdapterPlan:
+        """Which parameters take adapters, and why others that a target matches do not.
+
+        Args:
+            variables: float or packed; `jax.ShapeDtypeStruct`s will do.
+            args, rngs, method, mutable, kwargs: as for `apply`; only shapes and dtypes matter.
+
+        Raises:
+            PlanError: the targets do not fit the model.
+        """
+        self._check(variables)
+        how = {"rngs": rngs, "method": method, "mutable": mutable}
+        return _plan(self._call(_take_ranges(variables)[0], args, kwargs, how), self.recipe, self.spec)
+
+    def init(  # type: ignore[override]
+        self,
+        key: Array,
+        variables: Variables,
+        *args: Any,
+        loftq_iterations: int = 0,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
+    ) -> Variables:
+        """The variables with new adapters in the collection "lora".
+
+        Args:
+            key: for the values of `a`; `b` starts at zero, so that the model starts unchanged.
+            variables: packed ones as `convert` gave them; with `loftq_iterations` float ones, which are packed.
+            args, rngs, method, mutable, kwargs: as for `apply`; only shapes and dtypes matter.
+            loftq_iterations: start from weights and adapters whose sum is close to the float weights (LoftQ, arXiv
+                2310.08659), found in so many alternations of quantizing and a singular value decomposition.
+
+        Raises:
+            PlanError: the targets do not fit the model.
+            TypeError: LoftQ from packed variables.
+        """
+        self._check(variables)
+        how = {"rngs": rngs, "method": method, "mutable": mutable}
+        own, ranges = _take_ranges(variables)
+        call = self._call(own, args, kwargs, how)
+        new, adapters = _start(call, self.recipe, self.spec, key, loftq_iterations, ranges.known)
+        return {**call.with_params(new)[0], **_ranges_of(variables), LORA: nest(adapters)}
+
+    def merge(self, variables: Variables, *args: Any, requantize: bool = False, **kwargs: Any) -> Variables:
+        """The variables with the adapters added to the weights, without the collection "lora".
+
+        Args:
+            variables: with adapters.
+            args, kwargs: as for `convert`; needed where the variables are float, which are packed first.
+            requantize: pack the sums in the format of their weights again. Otherwise every packed parameter becomes
+                float: to serve as it is, or to `convert` with another recipe.
+        """
+        own, adapters = _take(variables)
+        if not any(map(is_packed, jax.tree.leaves(own, is_leaf=is_packed))):
+            own = self.convert(own, *args, **kwargs)
+        call = super()._call(_take_ranges(own)[0], (), {}, {})
+        new = _merged(_leaves(call), adapters, self.spec.scale, requantize)
+        return {**call.with_params(new)[0], **_ranges_of(own)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraFunction(QuantizedFunction):
+    """A quantized function with adapters; its variables are a dict with the entries "params" and "lora".
+
+    Ranges of activations stand beside them, as `QuantizedFunction` says.
+    """
+
+    spec: AdapterSpec
+
+    @staticmethod
+    def _split_adapters(variables: Variables) -> tuple[Variables, dict[str, Any], Flat]:
+        """The params, the ranges and the adapters."""
+        if not (isinstance(variables, Mapping) and {"params", LORA} <= set(variables)):
+            raise TypeError(
+                f"qjax: an adapted function takes {{'params': ..., '{LORA}': ...}}, as init gives them; to run it "
+                "without adapters, call the quantized function."
+            )
+        rest, adapters = _take(variables)
+        params, ranges = QuantizedFunction._split(rest)
+        return (params if ranges else rest["params"]), ranges, adapters
+
+    def _given(self, params: Variables) -> tuple[Variables, dict[str, Any]]:
+        """The params and the ranges, of variables with adapters or without."""
+        adapted = isinstance(params, Mapping) and {"params", LORA} <= set(params)
+        return self._split_adapters(params)[:2] if adapted else self._split(params)
+
+    def apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Runs the function with adapters."""
+        own, ranges, adapters = self._split_adapters(variables)
+        call = _with_adapters(self._call(own, args, kwargs), adapters, self.spec.scale)
+        return _run(call, self.recipe, _take_ranges(ranges)[1])[0]
+
+    __call__ = apply
+
+    def plan(self, params: Variables, *args: Any, **kwargs: Any) -> AdapterPlan:  # type: ignore[override]
+        """Which parameters take adapters; arguments and errors as for `LoraLinen.plan`."""
+        return _plan(self._call(self._given(params)[0], args, kwargs), self.recipe, self.spec)
+
+    def init(self, key: Array, params: Variables, *args: Any, loftq_iterations: int = 0, **kwargs: Any) -> Variables:
+        """`{"params": params, "lora": adapters}`; arguments and errors as for `LoraLinen.init`."""
+        own, ranges = self._given(params)
+        call = self._call(own, args, kwargs)
+        known = _take_ranges(ranges)[1].known
+        new, adapters = _start(call, self.recipe, self.spec, key, loftq_iterations, known)
+        return {"params": call.with_params(new)[0], **_ranges_of(ranges), LORA: nest(adapters)}
+
+    def merge(self, variables: Variables, *args: Any, requantize: bool = False, **kwargs: Any) -> Variables:
+        """The params with the adapters added (beside ranges, where there are some); as for `LoraLinen.merge`."""
+        own, ranges, adapters = self._split_adapters(variables)
+        if not any(map(is_packed, jax.tree.leaves(own, is_leaf=is_packed))):
+            given = {"params": own, **ranges} if ranges else own
+            own, ranges = self._split(self.convert(given, *args, **kwargs))
+        call = self._call(own, (), {})
+        merged = call.with_params(_merged(_leaves(call), adapters, self.spec.scale, requantize))[0]
+        return {"params": merged, **ranges} if ranges else merged
+
+
+class Adapters(nnx.Module):
+    """The adapters of a `LoraNNX`: an `nnx.LoRAParam` for each array, named 'path/of/the/kernel/a'."""
+
+    def __init__(self, adapters: Flat):
+        for name, pair in adapters.items():
+            for part, value in pair.items():
+                setattr(self, f"{name}/{part}", nnx.LoRAParam(value))
+
+    def flat(self) -> Flat:
+        """Path of a parameter -> its arrays `a` and `b`."""
+        found: Flat = {}
+        for name, variable in vars(self).items():
+            if isinstance(variable, nnx.LoRAParam):
+                path, _, part = name.rpartition("/")
+                found.setdefault(path, {})[part] = variable.get_value()
+        return found
+
+
+class LoraNNX(nnx.Module):
+    """A quantized NNX module with adapters, itself an `nnx.Module`.
+
+    `base` is the `QuantizedNNX` whose variables it shares, `adapters` holds an `nnx.LoRAParam` for each array:
+    `nnx.Optimizer(m, tx, wrt=nnx.LoRAParam)` and `nnx.DiffState(0, nnx.LoRAParam)` train these and nothing else.
+    """
+
+    def __init__(self, base: QuantizedNNX, spec: AdapterSpec, adapters: Flat | None = None):
+        self.base = base
+        self.spec = spec
+        self.adapters = Adapters(adapters or {})
+
+    def __call__(self, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """Runs the module with adapters; before `init`, without."""
+        call, keep = self.base._call(args, kwargs, method)
+        return self.base._execute(_with_adapters(call, self.adapters.flat(), self.spec.scale), keep)
+
+    def plan(self, *args: Any, method: Any = None, **kwargs: Any) -> AdapterPlan:
+        """Which parameters take adapters; errors as for `LoraLinen.plan`."""
+        return _plan(self.base._call(args, kwargs, method)[0], self.base.recipe, self.spec)
+
+    def init(self, key: Array, *args: Any, loftq_iterations: int = 0, method: Any = None, **kwargs: Any) -> LoraNNX:
+        """A module with new adapters on the same base; errors as for `LoraLinen.init`.
+
+        With `loftq_iterations` the base must be float: the new module has a packed copy of it.
+        """
+        collections = self.base.ranges.collections()
+        call, known = self.base._call(args, kwargs, method)[0], _take_ranges(collections)[1].known
+        new, adapters = _start(call, self.base.recipe, self.spec, key, loftq_iterations, known)
+        base = self.base
+        if loftq_iterations:
+            base = QuantizedNNX(with_nnx_values(self.base.model, new), self.base.recipe)
+            base.ranges.keep(_ranges_of(collections))
+        return LoraNNX(base, self.spec, adapters)
+
+    def merge(self, *args: Any, requantize: bool = False, method: Any = None, **kwargs: Any) -> Any:
+        """A copy of the wrapped module with the adapters added to its weights: float, or packed again.
+
+        Float, it is a module of the class that was wrapped; packed, a `QuantizedNNX`. Arguments as for
+        `LoraLinen.merge`.
+        """
+        params = [(name, v.get_value()) for name, _, v in nnx_state(self.base.model) if isinstance(v, nnx.Param)]
+        base = self.base
+        if not any(is_packed(value) for _, value in params):
+            base = base.convert(*args, method=method, **kwargs)
+            params = [(name, v.get_value()) for name, _, v in nnx_state(base.model)]
+        new = _merged(dict(params), self.adapters.flat(), self.spec.scale, requantize)
+        merged = with_nnx_values(base.model, new)
+        if not requantize:
+            return merged
+        out = QuantizedNNX(merged, base.recipe)
+        out.ranges.keep(_ranges_of(base.ranges.collections()))
+        return out
+
+
+def lora(q: Any, *, rank: int = 16, alpha: float = 32.0, targets: str | Sequence[str] = "**") -> Any:
+    """Adds low-rank adapters to a quantized model: `y = x @ W + (x @ a) @ b * (alpha / rank)`.
+
+    Args:
+        q: what `qjax.quantize` (for NNX also `convert`) gave.
+        rank: columns of `a`, rows of `b`.
+        alpha: the adapters' product is multiplied by `alpha / rank`.
+        targets: which parameters take adapters: a pattern of paths or several, as those of a `qjax.Rule`. One that ends
+            in a wildcard takes what can be adapted, and `plan` says why the rest cannot; one that ends in a name means
+            each parameter that it matches, and one of these that cannot be adapted is an error.
+
+    Returns:
+        `LoraLinen`, `LoraFunction` or `LoraNNX`, each with `plan`, `init`, `merge` and a call.
+
+    Raises:
+        TypeError: `q` is none of these.
+        ValueError: a rank or an alpha that is not positive.
+
+    Example:
+        >>> q = qjax.quantize(model, "nf4")
+        >>> m = qjax.lora(q, rank=16, targets="layers/**")
+        >>> variables = m.init(jax.random.key(0), q.convert(variables, tokens), tokens)
+        >>> gradient = jax.grad(lambda lora: loss(m.apply({**variables, "lora": lora}, tokens)))(variables["lora"])
+    """
+    patterns = (targets,) if isinstance(targets, str) else tuple(targets)
+    spec = AdapterSpec(rank, float(alpha), patterns)
+    if isinstance(q, LoraLinen | LoraFunction | LoraNNX):
+        raise TypeError("qjax: this model has adapters already.")
+    if isinstance(q, QuantizedLinen):
+        return LoraLinen(q.module, q.recipe, spec)
+    if isinstance(q, QuantizedNNX):
+        return LoraNNX(q, spec)
+    if isinstance(q, QuantizedFunction):
+        return LoraFunction(q.fn, q.recipe, spec)
+    raise TypeError(f"qjax: lora takes what qjax.quantize gives, not {type(q).__name__}. Quantize the model first.")
