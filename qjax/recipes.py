@@ -174,12 +174,13 @@ def _activation_format(name: str) -> Any:
 RECIPES: dict[str, tuple[Rule, ...]] = {
     **{name: (Rule("**", make()),) for name, make in _MAKERS.items()},
     **{f"{name}_qat": (Rule("**", _training(name)),) for name in _MAKERS},
-    "w8a8": (Rule("**", int8(), dynamic()),),
+    # A zero point halves the error of an input whose tokens have one long tail, as a gated activation has.
+    "w8a8": (Rule("**", int8(), dynamic(zero_point=True)),),
     "w8a8_static": (Rule("**", int8(), static()),),
-    "w4a8": (Rule("**", int4(), dynamic()),),
-    "w8a8_qat": (Rule("**", _training("int8"), dynamic()),),
+    "w4a8": (Rule("**", int4(), dynamic(zero_point=True)),),
+    "w8a8_qat": (Rule("**", _training("int8"), dynamic(zero_point=True)),),
     "w8a8_static_qat": (Rule("**", _training("int8"), static(observer=MovingAverage())),),
-    "w4a8_qat": (Rule("**", _training("int4"), dynamic()),),
+    "w4a8_qat": (Rule("**", _training("int4"), dynamic(zero_point=True)),),
 }
 """Recipes by name: every format for all weights; `w8a8` and `w4a8` with activations quantized per token, `w8a8_static`
 by calibrated ranges; and each with `_qat`: with a scale rule cheap enough for training."""

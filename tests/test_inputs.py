@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +176,7 @@ def test_sites_that_share_an_input_share_its_range():
     ("make", "message"),
     [
         (lambda: Rule("**", None, qjax.dynamic()), "not the weights"),
-        (lambda: Rule("**", W8, W8), "activations"),
+        (lambda: Rule("**", W8, cast("Any", W8)), "activations"),
         (lambda: Rule("matmul:*", W8), "no weights"),
         (lambda: qjax.dynamic("nf4"), "integers or fp8"),
         (lambda: qjax.dynamic("int9"), "no format named"),
@@ -465,7 +465,7 @@ def test_learned_ranges_train_in_a_train_state_and_resume_exactly(spec: qjax.Act
         value, grads = jax.value_and_grad(loss)(state.params)
         return state.apply_gradients(grads=grads), value
 
-    losses, saved = [], None
+    losses, saved = [], state
     for i in range(12):
         if i == 6:
             saved = jax.device_get(state)
