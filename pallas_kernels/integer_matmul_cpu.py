@@ -13,9 +13,10 @@ scripts/bench_integer.py, results in benchmarks/integer.md):
 * not the smallest, in order "kn", one row of x: no dot. The codes of a column are taken from their words in registers,
   multiplied and added up in int32, as in `matmul_cpu`.
 
-Order "nk" is the faster one where a column has one scale, as the kernel likes to read the codes of a column in a row.
-With groups it is "kn": there a group is a contiguous part of the weight, while in "nk" its rows are shorter than a
-cache line.
+Order "nk" is the faster one for 8-bit codes with one scale a column, as the kernel likes to read the codes of a column
+in a row. With groups it is "kn": there a group is a contiguous part of the weight, while in "nk" its rows are shorter
+than a cache line. Packed words are "kn" too: one row of x then needs no dot, and formats of several planes are unpacked
+by vector code.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def matmul(
     if 0 in (*x.shape, n):
         return jnp.zeros((*stack, m, n), out_dtype)
     small = k * n <= BLOCK_VALUES and matrices * k * n <= _STACK_BLOCKS * BLOCK_VALUES
-    step = _step_without_dot(w, group) if m == 1 and k * n > _LEAST_WITHOUT_DOT * BLOCK_VALUES else None
+    step = None
+    if m == 1 and k * n > _LEAST_WITHOUT_DOT * BLOCK_VALUES and (w.spec.format.bits < 8 or not stack):
+        step = _step_without_dot(w, group)
     if step is None and (small or (w.spec.format.bits == 8 and layer is None)):
         w = pick_layer(w, layer)
         scales = _plain(w)
@@ -165,7 +168,7 @@ def _unpack(w: QTensor) -> Int8[Array, "*stack _ _"]:
     # Along the last axis: bitcast to a narrow type, which XLA turns into vector code. What `packing.unpack` does,
     # transposed, is not vectorized in every program, and is then thirty times slower.
     codes, low = jnp.zeros((*w.words.shape[:-1], k), jnp.int8), 0
-    for row, width in matmul_cpu._planes(w):
+    for row, width in matmul_cpu.planes(w):
         rows = -(-k * width // packing.WORD_BITS)
         plane = lax.slice_in_dim(w.words, row, row + rows, axis=-1)
         signed = low + width == bits  # the topmost bits bring the sign
@@ -192,6 +195,20 @@ def _dot(x: Int8[Array, "*stack M K"], codes: Int8[Array, "*stack _ _"], order: 
     return lax.dot_general(x, codes, numbers, preferred_element_type=jnp.int32)
 
 
+def _add_group(
+    out: Float[Array, "*stack M N"], dot: Int32[Array, "*stack _ N"], rows: _Rows, scales: Scales, g: Any, size: int
+) -> Float[Array, "*stack M N"]:
+    """`out` plus the scaled sum of group g, whose `size` codes `dot` is the product of."""
+    acc = dot[..., : rows.m, :]
+    zero = None if scales.zero is None else lax.dynamic_slice_in_dim(scales.zero, g, 1, axis=-2)
+    if rows.zero is not None:
+        columns = dot[..., rows.m :, :]
+        acc -= rows.zero * (columns if zero is None else columns - size * zero)
+    if zero is not None:
+        acc -= rows.sums * zero
+    return out + finite(acc.astype(jnp.float32) * lax.dynamic_slice_in_dim(scales.values, g, 1, axis=-2))
+
+
 def _add_groups(
     out: Float[Array, "*stack M N"],
     rows: _Rows,
@@ -210,14 +227,7 @@ def _add_groups(
             part = rows.part(g * group, size, group)
             block = lax.dynamic_slice_in_dim(codes, g * group, size, axis=axis)
         dot = _dot(part.codes, block, order)
-        acc = dot[..., : rows.m, :]
-        zero = None if scales.zero is None else lax.dynamic_slice_in_dim(scales.zero, g, 1, axis=-2)
-        if rows.zero is not None:
-            columns = dot[..., rows.m :, :]
-            acc -= rows.zero * (columns if zero is None else columns - size * zero)
-        if zero is not None:
-            acc -= part.sums * zero
-        return out + finite(acc.astype(jnp.float32) * lax.dynamic_slice_in_dim(scales.values, g, 1, axis=-2))
+        return _add_group(out, dot, part, scales, g, size)
 
     whole = k // group
     if whole == 1:
@@ -245,7 +255,7 @@ class _Matrix:
         Both must be whole words.
         """
         parts = []
-        for row, width in matmul_cpu._planes(self.w):
+        for row, width in matmul_cpu.planes(self.w):
             first, count = row + start * width // packing.WORD_BITS, -(-size * width // packing.WORD_BITS)
             parts.append(self._slice((first, 0), (count, self.w.words.shape[2])))
         return self._tensor(jnp.concatenate(parts) if len(parts) > 1 else parts[0], size, self.w.layout.n)
@@ -268,7 +278,7 @@ class _Matrix:
 
 def _word_values(w: QTensor) -> int:
     """Values along K that make whole words in every plane of the packed words."""
-    return max(packing.WORD_BITS // width for _, width in matmul_cpu._planes(w))
+    return max(packing.WORD_BITS // width for _, width in matmul_cpu.planes(w))
 
 
 def _pick(scales: Scales, start: Any, size: int, axis: int) -> Scales:
@@ -290,6 +300,19 @@ def _by_blocks(x: _Rows, matrix: _Matrix) -> Float[Array, "M N"]:
             scales = _pick(matrix.scales, i * size // group, -(-count // group), 0)
             codes = _unpack(matrix.rows(i * size, count))
             return _add_groups(out, x.part(i * size, count, group), codes, scales, w.order, group)
+
+    elif w.order == "kn" and group >= k:
+        unit = _word_values(w)
+        size = max(1, BLOCK_VALUES // n // unit) * unit
+
+        def multiply(i: Any, dot: Array, count: int) -> Array:
+            codes = _unpack(matrix.rows(i * size, count))
+            return dot + _dot(lax.dynamic_slice_in_dim(x.codes, i * size, count, axis=-1), codes, w.order)
+
+        dot = jnp.zeros((x.codes.shape[0], n), jnp.int32)
+        dot = lax.fori_loop(0, k // size, lambda i, dot: multiply(i, dot, size), dot)
+        dot = multiply(k // size, dot, k % size) if k % size else dot
+        return _add_group(out, dot, x, matrix.scales, 0, k)
 
     else:
         total, size = n, max(1, BLOCK_VALUES // k)
@@ -332,7 +355,7 @@ def _without_dot(x: Int8[Array, "1 K"], zero: Array | None, matrix: _Matrix, ste
         # across a conditional; this one always takes its first branch.
         part, words = lax.cond(start >= 0, fetch, lambda start: fetch(0), start)
         block = matrix._tensor(words, size, n)
-        terms = [part[j] * matmul_cpu._code(block, j).astype(jnp.int32) for j in range(size)]
+        terms = [part[j] * matmul_cpu.code(block, j).astype(jnp.int32) for j in range(size)]
         return sum(terms[1:], start=terms[0])
 
     def add(g: Any, out: Array, size: int) -> Array:

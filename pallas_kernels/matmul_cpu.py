@@ -95,13 +95,13 @@ def _group(w: QTensor) -> int:
     return min(w.spec.granularity.size, w.layout.k) if isinstance(w.spec.granularity, PerGroup) else w.layout.k
 
 
-def _planes(w: QTensor) -> list[tuple[int, int]]:
+def planes(w: QTensor) -> list[tuple[int, int]]:
     """First row and bits of a field for each plane of a column's packed words; an 8-bit code counts as a word."""
-    planes, row = [], 0
+    found, row = [], 0
     for width in packing.PLANES.get(w.spec.format.bits, (packing.WORD_BITS,)):
-        planes.append((row, width))
+        found.append((row, width))
         row += -(-w.layout.k * width // packing.WORD_BITS)
-    return planes
+    return found
 
 
 def _block_size(w: QTensor, target: int) -> int | None:
@@ -114,7 +114,7 @@ def _block_size(w: QTensor, target: int) -> int | None:
         # the blocks of double quantization run along (N, G): its scales have no plain form in this order
         return size if size < w.layout.n and not w.spec.double_quant else None
     k, group = w.layout.k, _group(w)
-    unit = max(packing.WORD_BITS // width for _, width in _planes(w))
+    unit = max(packing.WORD_BITS // width for _, width in planes(w))
     if group < k:
         parts = [size for size in range(unit, min(target, group) + 1, unit) if group % size == 0]
         if group >= target and parts:
@@ -141,7 +141,7 @@ class _Matrix:
         else:
             parts = [
                 self._words(row + i * (size * width // packing.WORD_BITS), -(-rows * width // packing.WORD_BITS))
-                for row, width in _planes(w)
+                for row, width in planes(w)
             ]
             words, k = jnp.concatenate(parts) if len(parts) > 1 else parts[0], rows
             first, count = i * size // _group(w), -(-rows // _group(w))
@@ -226,23 +226,23 @@ def _multiply_and_add(x: Float[Array, " K"], w: QTensor) -> Float[Array, " N"]:
     for g, start in enumerate(range(0, k, group)):
         terms = []
         for j in range(start, min(start + group, k)):
-            code = _code(w, j).astype(jnp.float32)
-            terms.append(x[j] * (code if zero is None else code - zero[g].astype(jnp.float32)))
+            value = code(w, j).astype(jnp.float32)
+            terms.append(x[j] * (value if zero is None else value - zero[g].astype(jnp.float32)))
         out = out + sum(terms[1:], start=terms[0]) * scales[g]
     return out
 
 
-def _code(w: QTensor, j: int) -> Int[Array, " N"]:
+def code(w: QTensor, j: int) -> Int[Array, " N"]:
     """Code j of every column, as `packing.unpack` gives it: two shifts of its word, without int8 in between."""
     bits = w.spec.format.bits
     if bits == 8:
         return w.words[j]
-    code, low = jnp.zeros((w.layout.n,), jnp.int32), 0
-    for row, width in _planes(w):
+    value, low = jnp.zeros((w.layout.n,), jnp.int32), 0
+    for row, width in planes(w):
         per_word = packing.WORD_BITS // width
         word = w.words[row + j // per_word] << (packing.WORD_BITS - width * (1 + j % per_word))
         last = low + width == bits  # the topmost bits bring the sign down with them
         shift = lax.shift_right_arithmetic if last else lax.shift_right_logical
-        code |= shift(word, jnp.int32(packing.WORD_BITS - width)) << low
+        value |= shift(word, jnp.int32(packing.WORD_BITS - width)) << low
         low += width
-    return code
+    return value

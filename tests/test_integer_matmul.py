@@ -1,0 +1,394 @@
+"""`integer_matmul` against NumPy: exact sums in int64, then float32 in the stated order; both lowerings, bit for bit.
+
+Weights are random codes that NumPy packs, so that neither `numerics` nor `packing` is compared with itself. The CPU
+lowering chooses among its formulations by size; small blocks let matrices of a few thousand codes take all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import integer_matmul_cpu
+from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
+from pallas_kernels.integer_matmul import integer_matmul, integer_matmul_p, matmul_reference
+from pallas_kernels.numerics import Scales
+from pallas_kernels.packing import PLANES
+from pallas_kernels.qtensor import Layout, QTensor, quantize
+
+K, N = 200, 33  # no group of 24, 32 or 160 divides K, N is odd
+# Bits, granularity, order and rows of x: every format without a dot, every format in blocks of N, and the rest mixed.
+FORMS = [(bits, PerGroup(32), "kn", 1) for bits in range(2, 9)]
+FORMS += [(bits, PerChannel(), "nk", 2) for bits in range(2, 9)]
+FORMS += [
+    (8, PerChannel(), "kn", 1),
+    (4, PerChannel(), "kn", 3),
+    (3, PerGroup(24), "kn", 3),
+    (8, PerGroup(24), "kn", 1),
+]
+FORMS += [(4, PerGroup(24), "nk", 3), (4, PerGroup(160), "kn", 3), (6, PerGroup(160), "kn", 1)]
+FORMS += [(4, PerTensor(), "kn", 3), (8, PerTensor(), "nk", 1)]
+ORDERS = ("kn", "nk")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of about 32 of K, or of 5 of N: several and a short last one."""
+    monkeypatch.setattr(integer_matmul_cpu, "BLOCK_VALUES", 32 * N)
+
+
+# --- Operands and what is expected of them ---------------------------------------------------------------------
+
+
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Words as the docstring of `packing` draws them."""
+    if bits == 8:
+        return codes.astype(np.int8)
+    *stack, k, n = codes.shape
+    planes, low = [], 0
+    for width in PLANES[bits]:
+        per_word = 32 // width
+        fields = np.zeros((*stack, -(-k // per_word) * per_word, n), np.uint32)
+        fields[..., :k, :] = (codes >> low) & (2**width - 1)
+        fields = fields.reshape(*stack, -1, per_word, n) << (np.arange(per_word, dtype=np.uint32) * width)[:, None]
+        planes.append(np.bitwise_or.reduce(fields, axis=-2))
+        low += width
+    return np.concatenate(planes, axis=-2).view(np.int32)
+
+
+class Case:
+    """Random operands of one product: `w`, `x`, `scale`, `zero`, and the codes and scales that made them."""
+
+    def __init__(
+        self,
+        bits: int,
+        granularity: Any,
+        *,
+        rows: int = 3,
+        stack: tuple[int, ...] = (),
+        layers: int | None = None,
+        weight_zero: bool = False,
+        zero: bool = False,
+        order: Any = "kn",
+        k: int = K,
+        n: int = N,
+        extreme: bool = False,
+    ) -> None:
+        rng = np.random.default_rng([bits, rows, k, n, weight_zero, zero])
+        spec = QuantSpec(FORMATS[f"int{bits}"], granularity, zero_point=weight_zero, scale_rule=AbsMax())
+        lead = stack if layers is None else (layers, *stack)
+        self.size = min(granularity.size, k) if isinstance(granularity, PerGroup) else k
+        groups = -(-k // max(1, self.size))
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+
+        def integers(low: int, high: int, shape: tuple[int, ...]) -> np.ndarray:
+            return np.full(shape, low) if extreme else rng.integers(low, high, shape)
+
+        self.codes = integers(low, high, (*lead, k, n))
+        shape = (*lead, groups, 1 if isinstance(granularity, PerTensor) else n)
+        # negative scales, as `SignedMax` makes; of several magnitudes, so that the order of the sum shows
+        self.scales = (rng.standard_normal(shape) * 10.0 ** rng.integers(-3, 3, shape)).astype(np.float32)
+        self.weight_zero = rng.integers(low, high, shape) if weight_zero else None
+        arrays = [_pack(self.codes, bits), self.scales]
+        if weight_zero:
+            arrays.append(np.asarray(self.weight_zero, np.int8))
+        words, *scales = (jnp.asarray(a if order == "kn" else np.swapaxes(a, -1, -2)) for a in arrays)
+        layout = Layout((((k, "k"),), ((n, "n"),)))
+        self.w = QTensor(words, Scales(*scales), spec, layout, jnp.dtype("float32"), order)
+        self.x = jnp.asarray(integers(-128, 128, (*stack, rows, k)), jnp.int8)
+        self.scale = jnp.asarray(rng.random((*stack, rows, 1)) + 0.1, jnp.float32)
+        self.zero = jnp.asarray(rng.integers(-128, 128, (*stack, rows, 1)), jnp.float32) if zero else None
+
+    @property
+    def operands(self) -> Any:
+        return self.x, self.scale, self.zero, self.w
+
+    def expected(self, layer: int | None = None) -> np.ndarray:
+        """Exact group sums, each rounded to float32 once, added in float32 in ascending order."""
+        codes, scales, zero = (
+            a if a is None or layer is None else a[layer] for a in (self.codes, self.scales, self.weight_zero)
+        )
+        x = np.asarray(self.x, np.int64) - (0 if self.zero is None else np.asarray(self.zero, np.int64))
+        out = np.zeros((*x.shape[:-1], codes.shape[-1]), np.float32)
+        for g, start in enumerate(range(0, x.shape[-1], max(1, self.size))):
+            part = slice(start, start + self.size)
+            weight = codes[..., part, :] - (0 if zero is None else zero[..., g : g + 1, :])
+            acc = x[..., part] @ weight
+            assert np.abs(acc).max(initial=0) < 2**31
+            out = out + acc.astype(np.float32) * scales[..., g : g + 1, :]
+        return out * np.asarray(self.scale)
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(np.signbit(actual), np.signbit(expected))
+
+
+def cpu(x: Any, scale: Any, zero: Any, w: QTensor, **options: Any) -> jax.Array:
+    return integer_matmul(x, scale, zero, w, **options)
+
+
+def reference(x: Any, scale: Any, zero: Any, w: QTensor, layer: Any = None) -> jax.Array:
+    return matmul_reference(x, scale, zero, w, layer=layer, out_dtype=jnp.float32)
+
+
+def _run(cases: list[Case], function: Any) -> None:
+    """All cases in one compiled program."""
+    outs = jax.jit(lambda all_operands: [function(*o) for o in all_operands])([c.operands for c in cases])
+    for case, out in zip(cases, outs, strict=True):
+        assert_same_bits(out, case.expected())
+
+
+# --- The product -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "granularity", "order", "rows"), FORMS, ids=str)
+@pytest.mark.usefixtures("small_blocks")
+def test_every_format_in_blocks(bits: int, granularity: Any, order: Any, rows: int):
+    """Zero points on either side, both and none come with some of the bits."""
+    zeros = {"weight_zero": bits % 2 == 0, "zero": bits // 2 % 2 == 0}
+    _run([Case(bits, granularity, order=order, rows=rows, **zeros)], cpu)
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["x", "xz"])
+@pytest.mark.parametrize("weight_zero", [False, True], ids=["w", "wz"])
+@pytest.mark.parametrize("formulation", ["one block", "small blocks", "reference"])
+def test_zero_points(weight_zero: bool, zero: bool, formulation: str, monkeypatch: pytest.MonkeyPatch):
+    if formulation == "small blocks":
+        monkeypatch.setattr(integer_matmul_cpu, "BLOCK_VALUES", 32 * N)
+    forms: list[Any] = [(4, PerGroup(32), "kn", 8)]
+    if formulation != "reference":
+        forms.append((8, PerChannel(), "nk", 1))
+    if formulation == "small blocks":
+        forms.append((4, PerGroup(32), "kn", 1))
+    cases = [
+        Case(bits, granularity, rows=rows, weight_zero=weight_zero, zero=zero, order=order)
+        for bits, granularity, order, rows in forms
+    ]
+    _run(cases, reference if formulation == "reference" else cpu)
+
+
+def test_a_matrix_of_several_blocks():
+    """No patch: sizes at which the lowering itself leaves the single block."""
+    shape: dict[str, Any] = {"k": 1536, "n": 1400}
+    cases = [
+        Case(bits, granularity, rows=rows, order=order, **shape)
+        for bits, granularity, order in ((4, PerChannel(), "nk"), (4, PerGroup(64), "kn"), (8, PerChannel(), "nk"))
+        for rows in (1, 9)
+    ]
+    assert shape["k"] * shape["n"] > integer_matmul_cpu.BLOCK_VALUES
+    _run(cases, cpu)
+
+
+def test_the_largest_sums_are_exact():
+    """A kernel that added pairs of products in 16 bits would saturate here."""
+    for function in (cpu, reference):
+        _run([Case(8, PerChannel(), rows=rows, k=4099, n=3, extreme=True, order="nk") for rows in (1, 8)], function)
+
+
+_SIZES = st.sampled_from([1, 2, 31, 32, 33, 64, 100])
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([2, 3, 4, 7, 8]),
+    st.sampled_from([0, 1, 2, 3, 129]),
+    _SIZES,
+    _SIZES,
+    st.sampled_from([None, 1, 32]),
+    st.sampled_from(ORDERS),
+)
+@example(8, 1, 1, 1, None, "nk")
+@example(4, 129, 33, 1, 32, "kn")
+@example(3, 0, 33, 5, None, "kn")
+def test_awkward_shapes(bits: int, rows: int, k: int, n: int, group: int | None, order: str):
+    granularity = PerGroup(group) if group else PerChannel()
+    _run([Case(bits, granularity, rows=rows, k=k, n=n, order=order, zero=k % 2 == 0)], cpu)
+
+
+def test_no_values_to_contract_give_zeros():
+    w = Case(8, PerChannel(), k=1)
+    empty = QTensor(w.w.words[:0], w.w.scales, w.w.spec, Layout((((0, "k"),), ((N, "n"),))), w.w.dtype)
+    for function in (cpu, reference):
+        out = jax.jit(function)(w.x[:, :0], w.scale, None, empty)
+        assert_same_bits(out, np.zeros((3, N), np.float32))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_double_quantized_scales(order: Any):
+    """The scales are those that the weight is dequantized with."""
+    spec = QuantSpec(FORMATS["int4"], PerGroup(32), scale_rule=AbsMax(), double_quant=True)
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((K, N)), jnp.float32)
+    packed = quantize(w, spec, Layout((((K, "k"),), ((N, "n"),))), order)
+    case = Case(8, PerChannel())
+    out, known, exact = jax.jit(
+        lambda x, w: (cpu(x, case.scale, None, w), reference(x, case.scale, None, w), w.matrix())
+    )(case.x, packed)
+    assert_same_bits(out, known)
+    expected = np.asarray(case.x, np.float64) @ np.asarray(exact, np.float64) * np.asarray(case.scale)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_result_is_rounded_once_to_its_dtype(dtype: Any):
+    case = Case(4, PerGroup(32))
+    out = jax.jit(functools.partial(cpu, out_dtype=dtype))(*case.operands)
+    with np.errstate(over="ignore"):
+        assert_same_bits(np.asarray(out, np.float32), np.asarray(case.expected().astype(dtype), np.float32))
+    assert out.dtype == dtype
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_scale_of_nan_makes_its_row_nan():
+    case = Case(8, PerChannel())
+    scale = case.scale.at[1].set(jnp.nan)
+    out = np.asarray(jax.jit(cpu)(case.x, scale, None, case.w))
+    assert np.isnan(out[1]).all() and np.isfinite(out[[0, 2]]).all()
+
+
+# --- Stacks, layers, transforms --------------------------------------------------------------------------------
+
+STACKED = [(8, PerChannel(), "nk"), (4, PerGroup(32), "kn"), (4, PerChannel(), "nk")]
+
+
+@pytest.mark.parametrize(("bits", "granularity", "order"), STACKED, ids=str)
+@pytest.mark.parametrize("blocks", ["small", "one"])
+def test_stack_and_layer(bits: int, granularity: Any, order: Any, blocks: str, monkeypatch: pytest.MonkeyPatch):
+    """Two experts in each of three layers; an index out of range is clamped, a negative one counts from the end."""
+    if blocks == "small":
+        monkeypatch.setattr(integer_matmul_cpu, "BLOCK_VALUES", 32 * N)
+    options: dict[str, Any] = {"stack": (2,), "weight_zero": True, "zero": True, "order": order}
+    small = blocks == "small"
+    cases = [Case(bits, granularity, layers=3, rows=rows, **options) for rows in ((1, 3) if small else (3,))]
+    functions = (cpu,) if small else (cpu, reference)
+    run = jax.jit(lambda operands, i: [[f(*o, layer=i) for f in functions] for o in operands])
+    for layer, picked in ((0, 0), (7, 2), (-1, 2)):
+        for case, outs in zip(cases, run([case.operands for case in cases], jnp.int32(layer)), strict=True):
+            for out in outs:
+                assert_same_bits(out, case.expected(picked))
+    if small:
+        _run([Case(bits, granularity, rows=1, **options)], cpu)  # a stack and no layer
+
+
+@pytest.mark.parametrize(("bits", "granularity", "order"), STACKED[1:2], ids=str)
+@pytest.mark.usefixtures("small_blocks")
+def test_vmap(bits: int, granularity: Any, order: Any):
+    """Over x, the weight, both, the layer, and twice; x mapped along another axis."""
+    many = Case(bits, granularity, stack=(3,), rows=2, zero=True, order=order)
+    index = jnp.asarray([2, 0, 1])
+
+    @jax.jit
+    def run(x: Any, scale: Any, zero: Any, w: QTensor, index: Any) -> dict[str, Any]:
+        one = jax.tree.map(lambda a: a[0], w)
+        x0 = (x[0], scale[0], zero[0])
+
+        def layer(x: Any, scale: Any, zero: Any, i: Any) -> jax.Array:
+            return cpu(x, scale, zero, w, layer=i)
+
+        return {
+            "x": jax.vmap(lambda *x: cpu(*x, one))(x, scale, zero),
+            "x axis": jax.vmap(lambda x, s, z: cpu(x, s, z, one), in_axes=(1, 1, 1))(x, scale, zero),
+            "w": jax.vmap(lambda w: cpu(*x0, w))(w),
+            "both": jax.vmap(cpu)(x, scale, zero, w),
+            "layer": jax.vmap(layer)(x, scale, zero, index),
+            "layer only": jax.vmap(lambda i: layer(*x0, i))(index),
+            "x of a layer": jax.vmap(lambda *x: layer(*x, index[0]))(x, scale, zero),
+            "scale only": jax.vmap(lambda s: cpu(x[0], s, zero[0], one))(scale),
+            "twice": jax.vmap(lambda x: jax.vmap(cpu, in_axes=(0, 0, 0, 0))(x, scale, zero, w))(jnp.stack([x, -x - 1])),
+        }
+
+    out = run(*many.operands, index)
+
+    def expected(x: Any, scale: Any, zero: Any, w: Any) -> np.ndarray:
+        case = Case(bits, granularity, stack=(3,), rows=2, zero=True, order=order)
+        case.x, case.scale, case.zero = x, scale, zero
+        case.codes, case.scales = case.codes[w], case.scales[w]
+        return case.expected()
+
+    x = tuple(np.asarray(a) for a in (many.x, many.scale, many.zero))
+    first = tuple(np.broadcast_to(a[:1], a.shape) for a in x)
+    one, every = [0, 0, 0], [0, 1, 2]
+    assert_same_bits(out["x"], expected(*x, one))
+    assert_same_bits(out["x axis"], np.swapaxes(expected(*x, one), 0, 1))
+    assert_same_bits(out["w"], expected(*first, every))
+    assert_same_bits(out["both"], expected(*x, every))
+    assert_same_bits(out["layer"], expected(*x, np.asarray(index)))
+    assert_same_bits(out["layer only"], expected(*first, np.asarray(index)))
+    assert_same_bits(out["x of a layer"], expected(*x, [2, 2, 2]))
+    assert_same_bits(out["scale only"], expected(first[0], x[1], first[2], one))
+    assert_same_bits(out["twice"], np.stack([expected(v, *x[1:], every) for v in (x[0], -x[0] - 1)]))
+
+
+def test_eager_equals_jit():
+    case = Case(4, PerGroup(32), zero=True)
+    assert_same_bits(cpu(*case.operands), case.expected())
+    assert_same_bits(jax.jit(cpu)(*case.operands), case.expected())
+
+
+def test_export_for_two_platforms():
+    case = Case(4, PerGroup(32))
+    leaves, tree = jax.tree.flatten(case.w)
+    fn = jax.jit(lambda x, s, *leaves: cpu(x, s, None, jax.tree.unflatten(tree, leaves)))
+    exported = jax.export.export(fn, platforms=("cpu", "tpu"))(case.x, case.scale, *leaves)
+    assert_same_bits(exported.call(case.x, case.scale, *leaves), case.expected())
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------
+
+
+def test_it_has_no_derivative_of_its_own():
+    case = Case(8, PerChannel())
+    with pytest.raises(TypeError, match="no derivative of its own"):
+        jax.grad(lambda scale: cpu(case.x, scale, None, case.w).sum())(case.scale)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scales", "options"),
+    [
+        ((3, K + 1), (3, 1), {}),
+        ((3, K), (3,), {}),
+        ((3, K), (4, 1), {}),
+        ((2, 3, K), (2, 3, 1), {}),
+        ((K,), (1,), {}),
+        ((3, K), (3, 1), {"layer": 0}),
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit_are_a_type_error(shape: Any, scales: Any, options: Any):
+    w = Case(8, PerChannel()).w
+    if options:
+        w = Case(8, PerChannel(), layers=2, stack=(2,)).w
+    with pytest.raises(TypeError):
+        integer_matmul(jnp.zeros(shape, jnp.int8), jnp.ones(scales), None, w, **options)
+
+
+def test_a_weight_without_integers_is_a_type_error():
+    w = quantize(
+        jnp.ones((K, N)), QuantSpec(FORMATS["nf4"], PerChannel(), scale_rule=AbsMax()), Case(8, PerChannel()).w.layout
+    )
+    with pytest.raises(TypeError, match="integer weight, not nf4"):
+        integer_matmul(jnp.zeros((3, K), jnp.int8), jnp.ones((3, 1)), None, w)
+
+
+def test_sums_that_may_not_fit_into_32_bits_are_a_type_error():
+    k = 2**17
+    case = Case(8, PerChannel(), k=k, n=1, rows=1)
+    with pytest.raises(TypeError, match="does not fit into 32 bits"):
+        cpu(*case.operands)
+    fits = Case(8, PerGroup(k // 2), k=k, n=1, rows=1)
+    assert_same_bits(cpu(*fits.operands), fits.expected())
+
+
+def test_the_primitive_is_one_equation():
+    case = Case(8, PerChannel())
+    jaxpr = jax.make_jaxpr(cpu)(*case.operands)
+    assert [eqn.primitive for eqn in jaxpr.eqns] == [integer_matmul_p]
