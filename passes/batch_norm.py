@@ -21,8 +21,9 @@ statistics. A normalisation that fails one of these tests is left alone and repo
 statistics do not touch state (layer norm, or batch norm that keeps no running average) is none of this pass's business.
 
 Preserved: inputs, their paths, results with their shapes and dtypes; every other equation with its parameters. Plain
-`jit` calls around a matmul or with state among their operands are inlined; other higher-order equations are rebuilt
-(`control_flow.REBUILD`) where something in them changes. Addresses are those of the new program.
+`jit` calls around a matmul, with state among their operands or of a few pointwise equations are inlined; other
+higher-order equations are rebuilt (`control_flow.REBUILD`) where something in them changes. Addresses are those of the
+new program.
 """
 
 from __future__ import annotations
@@ -223,8 +224,9 @@ class _Body:
         return [v if isinstance(v, JaxprLiteral) else names[v] for v in jaxpr.outvars]
 
     def matters(self, eqn: Any, ins: Sequence[_Atom]) -> bool:
-        """Whether a part of what this pass looks for may be inside a call."""
-        return any(fact and fact.state for fact in map(self.fact, ins)) or _has_matmul(eqn)
+        """Whether a part of what this pass looks for may be inside a call (`jnp.where` of masked statistics is one)."""
+        state = any(fact and fact.state for fact in map(self.fact, ins))
+        return state or _has_matmul(eqn) or all(e.primitive in _BEFORE_SUM | _MOVES for e in _equations(eqn))
 
     def node(self, node: _Node) -> None:
         i = len(self.nodes)
@@ -658,8 +660,11 @@ class _Body:
 
 
 def _has_matmul(eqn: Any) -> bool:
-    inner = [e for body in control_flow.bodies(eqn) for e in getattr(body.jaxpr, "jaxpr", body.jaxpr).eqns]
-    return any(e.primitive in _MATMULS or _has_matmul(e) for e in inner)
+    return any(e.primitive in _MATMULS or _has_matmul(e) for e in _equations(eqn))
+
+
+def _equations(eqn: Any) -> list[Any]:
+    return [e for body in control_flow.bodies(eqn) for e in getattr(body.jaxpr, "jaxpr", body.jaxpr).eqns]
 
 
 def _parent(path: str) -> str:

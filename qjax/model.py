@@ -67,6 +67,7 @@ class _Call:
     is_param: Callable[[tuple], bool]  # says of a key path into `inputs` whether its leaf is a parameter
     name: Callable[[tuple], str]  # the path name of such a leaf
     state: Callable[[tuple], str | None] = lambda path: None  # the path name of a variable that is no parameter
+    rewrite: Callable[..., tuple[list[Any], dict[Any, Any]]] | None = None  # (compiled, values, at) -> (values, at)
 
     def __post_init__(self):
         flat, self.tree = jax.tree_util.tree_flatten_with_path(self.inputs, is_leaf=is_packed)
@@ -207,6 +208,8 @@ def _run(call: _Call, recipe: Recipe, ranges: _Ranges) -> tuple[Any, _Ranges]:
         site.address: integer.quantized(site, ranges.known, tap=ranges.update and not packed, enabled=enabled)
         for site in plan.sites
     }
+    if call.rewrite is not None:
+        values, at = call.rewrite(compiled, values, at)
     statistics: dict[str, Any] = {}
     if folds or at or any(isinstance(v, QTensor | Absorbed) for v in values):
         out, statistics = replay(compiled.program, values, rules=lower.RULES, folds=folds, at=at)
@@ -745,7 +748,9 @@ class QuantizedNNX(nnx.Module):
 
         `method` is another method of the module to run, or its name.
         """
-        call, keep = self._call(args, kwargs, method)
+        return self._execute(*self._call(args, kwargs, method))
+
+    def _execute(self, call: _Call, keep: Callable[[Any], None]) -> Any:
         collections = self.ranges.collections()
         (out, values), after = _run(call, self.recipe, _take_ranges(collections, not self.use_running_average)[1])
         keep(values)

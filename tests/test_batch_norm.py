@@ -187,6 +187,23 @@ class HeadsNorm(nn.Module):
         return nn.tanh(norm(train, axis=(-2, -1))(x))
 
 
+class SwappedHeadsNorm(nn.Module):
+    """As `HeadsNorm`, with the axes of features in the other order when they are normalised."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.DenseGeneral((4, 3), name="heads")(x)
+        return nn.tanh(norm(train, axis=(-2, -1))(x.swapaxes(-2, -1)))
+
+
+class MaskedNorm(nn.Module):
+    """Some positions are left out of the statistics."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return norm(train)(nn.Dense(5, name="dense")(x), mask=x[..., :1] > 0)
+
+
 class EinsumNorm(nn.Module):
     """The result is transposed before it is normalised, and the weight is on the left of the dot."""
 
@@ -311,6 +328,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     "channels_first": (ChannelsFirst, (4, 3, 5, 6), {"w"}),
     "dense": (DenseNorm, (9, 4), {"up/kernel", "down/kernel"}),
     "heads": (HeadsNorm, (9, 2, 5), {"heads/kernel"}),
+    "swapped_heads": (SwappedHeadsNorm, (9, 2, 5), {"heads/kernel"}),
+    "masked": (MaskedNorm, (9, 4), {"dense/kernel"}),
     "einsum": (EinsumNorm, (3, 6, 4), {"w"}),
     "shared": (Shared, IMAGE, {"conv/kernel"}),
     "resnet": (
@@ -649,4 +668,39 @@ def test_other_state_is_no_variance():
         return [x @ w * scale]
 
     traced = trace(fn, [jnp.ones((3, 4)), jnp.ones(4), jnp.ones((5, 3))], ["w", None, None], [None, "ema/scale", None])
+    assert fold_batch_norm(traced) == (traced, (), ())
+
+
+def test_one_compiled_function_called_twice():
+    """Both calls have the same jaxpr, and so the same variables."""
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def layer(w: Any, scale: Any, var: Any, x: Any) -> Any:
+            return jnp.tanh(x @ w * (scale * lax.rsqrt(var + 1e-3)))
+
+        def fn(w: Any, scale: Any, var: Any, v: Any, other: Any, x: Any) -> list[Any]:
+            return [layer(v, other, var + 1, layer(w, scale, var, x))]
+
+        names = ["w", "a/scale", "a/var", "v", "b/scale", None]
+        shapes = [(4, 4), (4,), (4,), (4, 4), (4,), (7, 4)]
+        leaves = randomized(names, [jnp.ones(shape) for shape in shapes], np.float64)
+        paths, state = ["w", "a/scale", None, "v", "b/scale", None], [None, None, "a/var", None, None, None]
+        traced = Traced(trace(fn, leaves, paths, state), leaves)
+        program, folded, unfolded = fold_batch_norm(traced.program)
+        assert [f.weight for f in folded] == [("w",), ("v",)] and not unfolded
+        assert_same_meaning(traced, program)
+
+
+def test_a_carried_variance_is_not_known():
+    """Each step of the scan has another one, so there is no weight to convert."""
+
+    def fn(w: Any, var: Any, x: Any) -> list[Any]:
+        def body(var: Any, x: Any) -> Any:
+            return var * 2, x @ w * lax.rsqrt(var)
+
+        return list(lax.scan(body, var, x))
+
+    leaves = [jnp.ones((3, 4)), jnp.ones(4), jnp.ones((2, 5, 3))]
+    traced = trace(fn, leaves, ["w", None, None], [None, "bn/var", None])
     assert fold_batch_norm(traced) == (traced, (), ())
