@@ -231,7 +231,7 @@ def _rebuild_cond(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any],
     plain = [i for i, v in enumerate(operands) if not is_ref(v)]
     taps: Taps = {}
 
-    def branch(name: str) -> Callable[..., list[Any]]:
+    def branch(name: str) -> Callable[..., Rebuilt]:
         def fn(*args):
             full = list(operands)
             for i, value in zip(plain, args, strict=True):
@@ -241,12 +241,12 @@ def _rebuild_cond(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any],
 
         return fn
 
-    branches = [branch(f"branch{i}") for i in range(len(eqn.params["branches"]))]
+    names = [f"branch{i}" for i in range(len(eqn.params["branches"]))]
     arguments = [operands[i] for i in plain]
-    shapes = [jax.eval_shape(fn, *arguments)[1] for fn in branches]
-    for own in shapes:  # a branch that does not reach a tap gives the statistic of no values
-        taps.update({name: statistic.nothing() for name, statistic in own.items()})
-    return lax.switch(_float(index), branches, *arguments)
+    for name in names:  # a branch that does not reach a tap gives the statistic of no values
+        _, own = jax.eval_shape(branch(name), *arguments)
+        taps.update({tap: statistic.nothing() for tap, statistic in own.items()})
+    return lax.switch(_float(index), [branch(name) for name in names], *arguments)
 
 
 def _is_specified(sharding: Any) -> bool:

@@ -30,14 +30,13 @@ from pallas_kernels.numerics import Scales
 from pallas_kernels.qtensor import Layout, QTensor
 from passes import control_flow, lower, observe
 from passes.plan import QuantizedSite
-from passes.replay import AtRule, Ref, Scope
+from passes.replay import AtRule, Ref, Scope, as_float
 
 RangeArrays = Mapping[str, Mapping[str, Any]]
 """Name of a range -> its arrays, each with one leading axis for every layer scan around the site."""
 
 
-def _float(value: Any) -> Any:
-    return value.materialize() if isinstance(value, Ref) else value
+_float = as_float
 
 
 def _range_of(ranges: RangeArrays, name: str, site: QuantizedSite, scope: Scope) -> dict[str, Array]:
@@ -117,7 +116,8 @@ def _product(site: QuantizedSite, eqn: Any, values: list[Any], inputs: list[tupl
 
     def smooth(values: list[Any]) -> Array:
         packed = isinstance(ref, Ref) and ref.shadow is None
-        if packed and (rule := lower.RULES.get(eqn.primitive)) and (out := rule(eqn, values, site.weight)) is not None:
+        rule = lower.RULES.get(eqn.primitive)
+        if packed and rule and site.weight is not None and (out := rule(eqn, values, site.weight)) is not None:
             return out[0]
         return control_flow.bind(eqn, [_float(v) for v in values])[0]
 

@@ -208,6 +208,10 @@ class CachePlan:
         return table
 
 
+NO_CACHES = CachePlan()
+"""The plan of a call without packed caches."""
+
+
 # --- Operations that move vectors as wholes --------------------------------------------------------------------
 #
 # `p` is where the vectors lie in an operand, `out` where they lie in the result. An operation runs on each array of a
@@ -224,7 +228,7 @@ class Move:
 
     Attributes:
         follow: (eqn, operand, p) -> out, or None where a vector would be cut or mixed.
-        run: (eqn, arguments, out, width) -> the result for one array of the cache, or a list for several results.
+        run: (eqn, arguments, out, width) -> the result for one array of the cache.
         holds: (eqn, out) -> where vectors lie in each operand that has some: new ones are quantized along it.
     """
 
@@ -243,7 +247,7 @@ def _out_shape(eqn: Any, out: int, width: int) -> list[int]:
     return shape
 
 
-def _regrouped(before: Sequence[int], after: Sequence[int], p: int) -> int | None:
+def _regrouped(before: Sequence[Any], after: Sequence[Any], p: int) -> int | None:
     """Where axis `p` (longer than 1) lies after a reshape that leaves it whole."""
     lead, at = math.prod(before[:p]), 0
     while at < len(after) and (math.prod(after[:at]) < lead or after[at] == 1):
@@ -253,7 +257,7 @@ def _regrouped(before: Sequence[int], after: Sequence[int], p: int) -> int | Non
 
 
 def _follow_broadcast(eqn: Any, operand: int, p: int) -> int | None:
-    out = eqn.params["broadcast_dimensions"][p] if operand == 0 else None
+    out = int(eqn.params["broadcast_dimensions"][p]) if operand == 0 else None
     return out if out is not None and eqn.params["shape"][out] == _shape(eqn)[p] else None
 
 
@@ -295,17 +299,13 @@ def _run_select(eqn: Any, args: list[Any], out: int, width: int) -> Array:
     return lax.select_n(which, *cases)
 
 
-def _run_split(eqn: Any, args: list[Any], out: int, width: int) -> list[Array]:
-    return list(lax.split(args[0], eqn.params["sizes"], eqn.params["axis"]))
-
-
-def _stays_in_bounds(eqn: Any, p: int, indexed: Sequence[int]) -> bool:
+def _stays_in_bounds(eqn: Any, p: int, indexed: Sequence[Any]) -> bool:
     """Whether a start index on the vector axis, which is taken whole, can only mean 0."""
     clamped = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
     return p not in tuple(indexed) or eqn.params["mode"] in clamped
 
 
-def _window(axes: int, without: Sequence[int]) -> list[int]:
+def _window(axes: int, without: Sequence[Any]) -> list[int]:
     return [i for i in range(axes) if i not in without]
 
 
@@ -326,7 +326,9 @@ def _scatter_holds(eqn: Any, out: int) -> dict[int, int]:
 def _run_scatter(eqn: Any, args: list[Any], out: int, width: int) -> Array:
     params = eqn.params
     return lax.scatter(
-        *args,
+        args[0],
+        args[1],
+        args[2],
         params["dimension_numbers"],
         indices_are_sorted=params["indices_are_sorted"],
         unique_indices=params["unique_indices"],
@@ -354,7 +356,8 @@ def _run_gather(eqn: Any, args: list[Any], out: int, width: int) -> Array:
     p = _window(len(sizes), away)[list(numbers.offset_dims).index(out)]
     sizes[p] = width
     return lax.gather(
-        *args,
+        args[0],
+        args[1],
         numbers,
         tuple(sizes),
         indices_are_sorted=params["indices_are_sorted"],
@@ -422,8 +425,6 @@ MOVES: dict[Primitive, Move] = {
         _when(lambda eqn, p: True), _run_select, lambda eqn, out: dict.fromkeys(range(1, len(eqn.invars)), out)
     ),
 }
-if hasattr(prims, "split_p"):
-    MOVES[prims.split_p] = Move(_when(lambda eqn, p: p != eqn.params["axis"]), _run_split)
 
 
 def _holds(move: Move, eqn: Any, out: int, operand: int, p: int) -> dict[int, int]:
@@ -542,7 +543,7 @@ class _Walk:
         values: list[Any] = []
         for path, aval in zip(program.state, program.jaxpr.in_avals, strict=True):
             if path is not None and axes.get(path):
-                values.append(_Tracked(path, tuple((axis, axis + len(aval.shape)) for axis in axes[path])))
+                values.append(_Tracked(path, tuple((axis, axis + len(jnp.shape(aval))) for axis in axes[path])))
             else:
                 values.append(_Plain(_units(getattr(aval, "shape", ()))))
         self.results = self.walk(program.jaxpr, values, ())
@@ -554,7 +555,7 @@ class _Walk:
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
 
         def read(atom: Any) -> Any:
-            return _Plain(_units(atom.aval.shape)) if isinstance(atom, JaxprLiteral) else env[atom]
+            return _Plain(_units(jnp.shape(atom.val))) if isinstance(atom, JaxprLiteral) else env[atom]
 
         for i, eqn in enumerate(jaxpr.eqns):
             results = self.equation(eqn, [read(atom) for atom in eqn.invars], (*address, i))
@@ -719,6 +720,13 @@ def _carries(eqn: Any) -> int:
     return len(eqn.outvars) if eqn.primitive is prims.while_p else control_flow._scan_counts(eqn.params)[1]
 
 
+def _out_avals(program: Program) -> list[Any]:
+    return [var.aval for var in program.jaxpr.jaxpr.outvars]
+
+
+_NOT_RETURNED = "it is not returned, or computed anew"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Outcome:
     """What a walk found about one state variable: the axes that can hold its vectors, or why none can."""
@@ -734,18 +742,18 @@ def _outcome(program: Program, walk: _Walk, results: Sequence[str | None] | None
     if results is None:  # a function does not say which result is what state: a cache is what comes back as one
         where = [i for i, v in enumerate(walk.results) if isinstance(v, _Tracked) and v.path == path]
         if not where:
-            return _Outcome((), "it is not returned, or computed anew")
+            return _Outcome((), _NOT_RETURNED)
     else:
         where = [i for i, name in enumerate(results) if name == path]
     axes = every
     for i in where:
         value: Any = walk.results[i]
         if isinstance(value, _Tracked) and value.path == path:
-            out: Any = program.jaxpr.out_avals[i]
+            out = _out_avals(program)[i]
             if (out.shape, out.dtype) != (aval.shape, aval.dtype):
-                return _Outcome((), f"it is returned as {out.str_short()}")
+                return _Outcome((), f"it is returned as {out.dtype}{list(out.shape)}")
             axes = tuple(axis for axis, p in value.at if p - rank == axis and axis in axes)
-            if not axes:
+            if not any(p - rank == axis for axis, p in value.at):
                 return _Outcome((), "it is returned with its axes in another order")
         elif isinstance(value, _Tracked):
             return _Outcome((), f"its new value is that of {value.path!r}")
@@ -754,6 +762,31 @@ def _outcome(program: Program, walk: _Walk, results: Sequence[str | None] | None
             how = f"'{operation}' of its old one" if operation else "its old one"
             return _Outcome((), f"its new value is computed from {how}, which would have to be quantized again")
     return _Outcome(axes)
+
+
+def _choose(program: Program, walk: _Walk, results: Sequence[str | None] | None, path: str) -> tuple[int | None, str]:
+    """The vector axis of a state variable and what to say of it, or None and why it stays float.
+
+    A dot tells which axes hold vectors: it contracts them, or makes them. Where no dot reads the state, the last does.
+    """
+    outcome = _outcome(program, walk, results, path)
+    if outcome.reason:
+        return None, outcome.reason
+    floats: dict[int, dict[str, int]] = {axis: {} for axis in _candidates(program)[path]}
+    dots = dict.fromkeys(floats, 0)
+    for own, axis, what, codes in walk.reads:
+        if own == path and codes:
+            dots[axis] += 1
+        elif own == path:
+            floats[axis][what] = floats[axis].get(what, 0) + 1
+    likely = [axis for axis in floats if dots[axis]] if any(dots.values()) else [max(floats, default=-1)]
+    choices = [axis for axis in likely if axis in outcome.axes]
+    if not choices:
+        cuts = ", ".join(f"'{what}'" for axis in likely for what in floats.get(axis, ()))
+        return None, f"its vectors are cut by {cuts}" if cuts else "it has no vectors"
+    axis = min(choices, key=lambda axis: (sum(floats[axis].values()), -axis))
+    noted = ", ".join(f"'{what}'" for what in floats[axis])
+    return axis, f"dequantized for {noted}" if noted else ""
 
 
 def _kept(walk: _Walk, axes: Mapping[str, int]) -> frozenset[tuple[Address, int]]:
@@ -775,9 +808,6 @@ def plan_caches(
     program: Program, results: Sequence[str | None] | None, rules: Sequence[CacheRule], *, strict: bool = True
 ) -> CachePlan:
     """Decides for every float state variable of at least two axes; integers, scalars and vectors are left as they are.
-
-    Of the axes that no operation cuts, the vector axis is the one along which the most reads work on codes, of
-    several the last.
 
     Args:
         program: what `trace` gave, with the paths of its state.
@@ -801,9 +831,8 @@ def plan_caches(
             why = "no rule matches it" if index is None else f"kept float by {rules[index].pattern!r}"
             entries.append(dataclasses.replace(entry, reason=why))
             continue
-        outcome = _outcome(program, walk, results, path)
-        if not outcome.axes:
-            reason = outcome.reason or "it has no vectors"
+        axis, reason = _choose(program, walk, results, path)
+        if axis is None:
             entries.append(dataclasses.replace(entry, reason=reason))
             if not rules[index].sweeps:
                 problems.append(
@@ -811,14 +840,7 @@ def plan_caches(
                     "before it, or update the cache with dynamic_update_slice, .at[].set or a where between vectors."
                 )
             continue
-
-        def floats(axis: int, path: str = path) -> list[str]:
-            return [what for p, a, what, codes in walk.reads if (p, a) == (path, axis) and not codes]
-
-        axis = min(outcome.axes, key=lambda axis: (len(floats(axis)), -axis))
         applied[index] += 1
-        noted = ", ".join(f"'{what}'" for what in dict.fromkeys(floats(axis)))
-        reason = f"dequantized for {noted}" if noted else ""
         entries.append(dataclasses.replace(entry, spec=spec, axis=axis, reason=reason))
     problems += _idle(rules, applied, entries)
     if strict and problems:
@@ -834,7 +856,7 @@ def _idle(rules: Sequence[CacheRule], applied: Sequence[int], entries: Sequence[
         if count or rule.spec is None:
             continue
         matched = [e for e in entries if rule.matches(e.name)]
-        if any(not e.reason for e in matched):
+        if any(e.spec for e in matched):
             continue  # an earlier rule took what it matches
         if not matched:
             names = ", ".join(e.name for e in entries)
@@ -860,10 +882,11 @@ def plan_given(program: Program, results: Sequence[str | None] | None, given: Ma
     for path, cache in given.items():
         outcome = _outcome(program, walk, results, path)
         # what a function only reads need not come back
-        if not outcome.axes and not (results is None and outcome.reason.startswith("it is not returned")):
+        if not outcome.axes and not (results is None and outcome.reason == _NOT_RETURNED):
+            reason = outcome.reason or "its vectors are cut"
             raise ValueError(
-                f"qjax: {path!r} is packed ({cache!r}), but in this call it cannot stay so: {outcome.reason}. Pass the "
-                "float cache (passes.kv_cache is of no use to this method), or update it in place."
+                f"qjax: {path!r} is packed ({cache!r}), but in this call it cannot stay so: {reason}. Pass the "
+                "float cache here, or update it with dynamic_update_slice, .at[].set or a where between vectors."
             )
         entries.append(CacheEntry(path, cache.shape, jnp.dtype(cache.dtype).name, cache.spec, cache.axis))
     return _carried_out(program, results, walk, entries)
@@ -876,7 +899,7 @@ def _carried_out(
     if results is None:
         names: list[str | None] = [v.path if isinstance(v, _Tracked) else None for v in walk.results]
         avals = dict(zip(program.state, program.jaxpr.in_avals, strict=True))
-        outs = program.jaxpr.out_avals
+        outs = _out_avals(program)
         names = [n if n is None or avals[n].shape == out.shape else None for n, out in zip(names, outs, strict=True)]
     else:
         names = list(results)
@@ -981,7 +1004,7 @@ def equation(eqn: Any, values: Sequence[Any], kept: bool) -> list[Any]:
                 continue
             where = _holds(move, eqn, out, i, cached.position)
             if all(_alike(v.base, cached.base) and where.get(j) == v.position for j, v in caches):
-                return _moved(move, eqn, values, cached.base, out, where)
+                return [_moved(move, eqn, values, cached.base, out, where)]
     if eqn.primitive is prims.dot_general_p:
         i, cached = caches[0]
         if (result := _dot(eqn, [v if j == i else _float(v) for j, v in enumerate(values)], i)) is not None:
@@ -993,7 +1016,7 @@ def _alike(a: QCache, b: QCache) -> bool:
     return (a.spec, a.size) == (b.spec, b.size)
 
 
-def _moved(move: Move, eqn: Any, values: Sequence[Any], like: QCache, out: int, where: Mapping[int, int]) -> list[Any]:
+def _moved(move: Move, eqn: Any, values: Sequence[Any], like: QCache, out: int, where: Mapping[int, int]) -> Cached:
     arrays: dict[int, list[Array]] = {}
     for j, p in where.items():
         value = values[j]
@@ -1001,16 +1024,12 @@ def _moved(move: Move, eqn: Any, values: Sequence[Any], like: QCache, out: int, 
             with jax.named_scope("quantize_cache"):
                 value = Cached(kv_cache.quantize(jnp.asarray(_float(value)), like.spec, p))
         arrays[j] = kv_cache.leaves(value.base)
-    moved: list[list[Array]] = []
-    for leaf in range(len(kv_cache.leaves(like))):
-        args = [arrays[j][leaf] if j in arrays else _float(v) for j, v in enumerate(values)]
-        j, p = next(iter(where.items()))
-        result = move.run(eqn, args, out, args[j].shape[p])
-        moved.append(result if isinstance(result, list) else [result])
-    return [
-        Cached(kv_cache.from_leaves(of_one, like, out, var.aval.dtype))
-        for of_one, var in zip(zip(*moved, strict=True), eqn.outvars, strict=True)
-    ]
+    first, p = next(iter(where.items()))
+    moved = []
+    for number in range(len(arrays[first])):
+        args = [arrays[j][number] if j in arrays else _float(v) for j, v in enumerate(values)]
+        moved.append(move.run(eqn, args, out, args[first].shape[p]))
+    return Cached(kv_cache.from_leaves(moved, like, out, eqn.outvars[0].aval.dtype))
 
 
 def _dot(eqn: Any, values: Sequence[Any], operand: int) -> Array | None:
@@ -1018,6 +1037,9 @@ def _dot(eqn: Any, values: Sequence[Any], operand: int) -> Array | None:
 
     scores[.., t, h] = (sum over d of q[.., h, d] codes[t, h, d]) scale[t, h]
     out[.., h, d] = sum over t of (p[.., h, t] scale[t, h]) codes[t, h, d]
+
+    Sums are in float32. XLA on CPU converts the codes of the operand at hand (one layer of a scan) to floats before it
+    multiplies, as it copies a float operand to transpose it; a kernel that reads codes needs no such copy.
     """
     cache, x = values[operand].base, values[1 - operand]
     reads = _dot_reads(eqn, operand, values[operand].position)

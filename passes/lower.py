@@ -21,7 +21,6 @@ from jaxtyping import Array
 
 from pallas_kernels.matmul import quantized_matmul
 from pallas_kernels.matmul_reference import pick_layer
-from pallas_kernels.qtensor import QTensor
 from pallas_kernels.take import quantized_take
 from passes.replay import Ref, Rule
 from passes.sites import SITES, take_axis
@@ -37,14 +36,14 @@ def _sizes(atoms: list[Atom]) -> tuple[int, ...]:
     return tuple(atom.size for atom in atoms)
 
 
-def pick(ref: Ref, batch: list[Atom]) -> tuple[QTensor, Array | int | None] | None:
-    """The QTensor whose stack is `batch` in the parameter's order, and the layer to pick from it.
+def pick(ref: Ref, batch: list[Atom]) -> tuple[Any, Array | int | None] | None:
+    """The packed arrays whose stack is `batch` in the parameter's order, and the layer to pick from them.
 
     None where the stack axes of the packed arrays are not the factors that the program indexes.
     """
     stack = [index.atom for index in ref.view.indexed] + batch
     order = _in_order(stack)
-    if _sizes([stack[i] for i in order]) != ref.base.words.shape[:-2]:
+    if _sizes([stack[i] for i in order]) != jax.tree.leaves(ref.base)[0].shape[:-2]:
         return None
     picks = {order.index(i): value for i, value in enumerate(ref.indices)}  # packed axis -> index
     if set(picks) == {0}:
@@ -60,13 +59,14 @@ class DotForm:
     """A `dot_general` with a packed operand as a product of matrices.
 
     Attributes:
-        weight, layer: the packed matrix `(*stack, K, N)`, as `quantized_matmul` takes it.
+        weight, layer: the packed matrix `(*stack, K, N)`, as `quantized_matmul` takes it, or whatever else is the
+            base of the Ref (`passes.adapters`).
         rows: brings the other operand into the form `(*stack, M, K)`; one of size 1 along the contracted axes (a scale
             for each row) becomes `(*stack, M, 1)`.
         result: brings `(*stack, M, N)` into the form of the result.
     """
 
-    weight: QTensor
+    weight: Any
     layer: Array | int | None
     rows: Callable[[Array], Array]
     result: Callable[[Array], Array]

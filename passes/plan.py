@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 from rich.console import Console
@@ -24,6 +24,9 @@ from pallas_kernels.activations import ActSpec
 from pallas_kernels.formats import PerGroup, QuantSpec
 from pallas_kernels.qtensor import Layout, packed_nbytes
 from passes.sites import Address, Fold, Site, Sites, Unweighted
+
+if TYPE_CHECKING:
+    from passes.kv_cache import CachePlan
 
 
 class PlanError(ValueError):
@@ -216,12 +219,14 @@ class Plan:
         unweighted: matmuls and convolutions without a parameter, as (what, what is done or why nothing is).
         sites: the matmuls and convolutions whose inputs are quantized, in program order.
         norms: batch normalisations, where they are folded, as (name, what is done or why nothing is).
+        caches: the same for state, where the recipe says how key-value caches are stored; else None.
     """
 
     entries: tuple[Entry, ...]
     unweighted: tuple[tuple[str, str], ...]
     sites: tuple[QuantizedSite, ...] = ()
     norms: tuple[tuple[str, str], ...] = ()
+    caches: CachePlan | None = None
 
     @functools.cached_property
     def _by_name(self) -> dict[str, Entry]:
@@ -272,6 +277,7 @@ class Plan:
             ],
             "matmuls without parameters": [list(u) for u in self.unweighted],
             "bits_per_weight": round(self.bits_per_weight, 4),
+            **({"caches": self.caches.to_json()} if self.caches else {}),
         }
 
     def save(self, path: str) -> None:
@@ -306,6 +312,8 @@ class Plan:
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=1000, color_system=None)  # never wraps: paths can be searched for
         console.print(self)
+        if self.caches:
+            console.print(self.caches)
         for what, reason in (*self.unweighted, *((f"batch norm {name}", what) for name, what in self.norms)):
             console.print(f"{what}: {reason}")
         text = console.file.getvalue()  # type: ignore[attr-defined]

@@ -5,7 +5,8 @@ rebuilt with the public combinators only where something inside changes, else bo
 included. Results have the shapes and dtypes of the program's own.
 
 A value in flight is an array; a `Ref`, a packed parameter seen through a view (views are tracked, not executed);
-or `Absorbed`, a parameter that lives on only inside a folded matrix. Where a `Ref` meets an equation that is
+`Cached`, a packed key-value cache (`passes.kv_cache`), whose moves are executed on the packed arrays; or `Absorbed`, a
+parameter that lives on only inside a folded matrix. Where a `Ref` meets an equation that is
 neither a view nor taken by the handler, it is dequantized, so the result is right whatever the program does.
 
 In training a `Ref` has a shadow: the float value, with its gradient, that the program makes of the parameter. Views
@@ -28,7 +29,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels.qtensor import Layout, QTensor
-from passes import control_flow, views
+from passes import control_flow, kv_cache, views
+from passes.kv_cache import NO_CACHES, Cached, CachePlan
 from passes.sites import Address
 from passes.trace import Program
 from passes.views import View
@@ -138,7 +140,12 @@ class Absorbed:
 
 def is_ref(value: Any) -> bool:
     """Whether a value in flight is anything but an array."""
-    return isinstance(value, Ref | Absorbed)
+    return isinstance(value, Ref | Absorbed | Cached)
+
+
+def as_float(value: Any) -> Any:
+    """A packed value in flight as the float array that it stands for; anything else as it is."""
+    return value.materialize() if isinstance(value, Ref | Cached) else value
 
 
 # rule(eqn, values, operand) -> results, or None to have the Ref dequantized and the equation bound as it is;
@@ -194,8 +201,11 @@ def _is_packed(value: Any) -> bool:
 
 
 class _Replayer:
-    def __init__(self, rules: Mapping[Any, Rule], folds: Sequence[FoldValue], at: Mapping[Address, AtRule]):
+    def __init__(
+        self, rules: Mapping[Any, Rule], folds: Sequence[FoldValue], at: Mapping[Address, AtRule], caches: CachePlan
+    ):
         self.rules = rules
+        self.caches = caches
         self.at = at
         self.folds: dict[Address, list[FoldValue]] = {}
         for fold in folds:
@@ -232,13 +242,13 @@ class _Replayer:
             results = self.at[address](eqn, values, self.scope)
         elif inner and touched and not (absorbed and address in self.folds):
             if eqn.primitive in _OWN_GRADIENT and not any(_is_packed(v) for v in values):
-                results = control_flow.bind(eqn, [v.materialize() if isinstance(v, Ref) else v for v in values])
+                results = control_flow.bind(eqn, [as_float(v) for v in values])
             else:
                 results = self.descend(eqn, inner, values, address)
         elif absorbed is not None:
             results = [absorbed] * len(eqn.outvars)
         elif touched:
-            results = self.refs(eqn, values)
+            results = self.refs(eqn, values, address)
         else:
             results = control_flow.bind(eqn, values)
         for fold in self.folds.get(address, ()):
@@ -262,7 +272,8 @@ class _Replayer:
             indices = self.scope.indices if index is None else {**self.scope.indices, here: index}
             self.rules, self.scope = rules, Scope(indices)
             try:
-                out = self.run(jaxprs[name], args, here)
+                out = self.run(jaxprs[name], kv_cache.inside(args), here)
+                out = kv_cache.leaving(eqn, name, out, address, self.caches)
                 if eqn.primitive not in _CALLS:
                     out = [v.materialize() if isinstance(v, Ref) else v for v in out]
                 loops.update((tap, where) for tap, (_, where) in self.scope.taps.items())
@@ -270,14 +281,18 @@ class _Replayer:
             finally:
                 self.rules, self.scope = outer
 
+        values = kv_cache.entering(eqn, values, address, self.caches)
         results, taps = control_flow.REBUILD[eqn.primitive](eqn, values, run, is_ref)
+        results = kv_cache.inside(results)
         for tap, statistic in taps.items():
             stacked = eqn.primitive is prims.scan_p
             apart = not stacked or (*address, "scan") in loops[tap]
             self.scope.tap(tap, statistic if apart else statistic.reduce(), loops[tap])
         return results
 
-    def refs(self, eqn: Any, values: list[Any]) -> list[Any]:
+    def refs(self, eqn: Any, values: list[Any], address: Address) -> list[Any]:
+        if any(isinstance(v, Cached) for v in values):
+            return kv_cache.equation(eqn, values, (address, 0) in self.caches.kept)
         first = values[0]
         if isinstance(first, Ref) and (step := views.step(eqn, first.view, values[1:])):
             view, picked = step
@@ -314,23 +329,26 @@ def replay(
     rules: Mapping[Any, Rule],
     folds: Sequence[FoldValue] = (),
     at: Mapping[Address, AtRule] | None = None,
+    caches: CachePlan = NO_CACHES,
 ) -> tuple[list[Any], dict[str, Any]]:
     """Runs the program on `values`, with `rules` for equations that a packed parameter reaches.
 
     Args:
         program: what `trace` gave.
         values: one per input of the program: an array, a `QTensor` for a packed parameter, a `Ref` for one with a
-            shadow, or `Absorbed`.
+            shadow, `Absorbed`, or a `QCache` for packed state.
         rules: primitive -> rule; see `passes.lower.RULES`.
         folds: results of parameter-only expressions to use instead of computing them.
         at: address of an equation -> what to do there instead.
+        caches: what is decided about packed state.
 
     Returns:
-        The program's results, all float arrays (`Absorbed` where the program returns such a parameter), and the
-        statistics that were tapped, by name.
+        The program's results, all float arrays (`Absorbed` where the program returns such a parameter, a `QCache` for
+        the new value of packed state), and the statistics that were tapped, by name.
     """
     refs = [Ref(v, View.identity(v.shape)) if isinstance(v, QTensor) else v for v in values]
-    replayer = _Replayer(rules, folds, at or {})
-    out = replayer.run(program.jaxpr, refs, ())
+    replayer = _Replayer(rules, folds, at or {}, caches)
+    out = replayer.run(program.jaxpr, kv_cache.inside(refs), ())
     taps = {name: statistic for name, (statistic, _) in replayer.scope.taps.items()}
-    return [v.materialize() if isinstance(v, Ref) else v for v in out], taps
+    out = [v.materialize() if isinstance(v, Ref) else v for v in out]
+    return kv_cache.returned(out, caches), taps

@@ -33,6 +33,8 @@ from pallas_kernels.formats import (
 from pallas_kernels.formats import (
     SignedMax as SignedMax,
 )
+from pallas_kernels.kv_cache import CacheSpec as CacheSpec
+from pallas_kernels.kv_cache import QCache as QCache
 from pallas_kernels.qtensor import QTensor as QTensor
 from passes.plan import Plan as Plan
 from passes.plan import PlanError as PlanError
@@ -40,6 +42,10 @@ from passes.plan import Rule as Rule
 from qjax.checkpoint import CheckpointError as CheckpointError
 from qjax.checkpoint import restore as restore
 from qjax.checkpoint import save as save
+from qjax.lora import LoraFunction as LoraFunction
+from qjax.lora import LoraLinen as LoraLinen
+from qjax.lora import LoraNNX as LoraNNX
+from qjax.lora import lora as lora
 from qjax.model import (
     QuantizedFunction as QuantizedFunction,
 )
@@ -60,6 +66,7 @@ from qjax.recipes import (
 from qjax.recipes import (
     Recipe as Recipe,
 )
+from qjax.recipes import cache as cache
 from qjax.recipes import dynamic as dynamic
 from qjax.recipes import (
     fp4_e2m1 as fp4_e2m1,

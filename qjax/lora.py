@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,7 @@ def _leaves(call: _Call) -> dict[str, Any]:
 # --- First values ------------------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnames=("plan",))
 def _initial(key: Array, plan: AdapterPlan) -> Flat:
     """`a` uniform with variance 1 / (3 K), `b` zero: LoRA's own initialisation, and no change to the model at first."""
     out: Flat = {}
@@ -97,9 +98,20 @@ def _factors(w: Array, q: QTensor, rank: int, scale: float) -> tuple[Array, Arra
     return a, b, error
 
 
-def _packed_again(matrix: Array, like: QTensor) -> QTensor:
-    """A matrix packed in the format of another."""
-    w = like.layout.from_matrix(matrix.astype(like.dtype))
+@jax.jit
+def _without(w: Array, part: Adapter) -> Array:
+    """A float parameter less its adapter."""
+    matrix = part.layout.to_matrix(w.astype(jnp.float32)) - part.matrix()
+    return part.layout.from_matrix(matrix.astype(w.dtype))
+
+
+@jax.jit
+def _with(q: QTensor, part: Adapter) -> Array:
+    """A packed parameter and its adapter as one float parameter."""
+    return q.layout.from_matrix((q.matrix(jnp.dtype("float32")) + part.matrix()).astype(q.dtype))
+
+
+def _packed_like(w: Array, like: QTensor) -> QTensor:
     return _pack_jitted(w, spec=like.spec, layout=like.layout, order=like.order)
 
 
@@ -114,13 +126,13 @@ def _loftq(
     adapters: Flat = {}
     for entry in plan.adapted:
         w, q = jnp.asarray(floats[entry.name]), packed[entry.name]
-        matrix = q.layout.to_matrix(w.astype(jnp.float32))
         least = jnp.inf
-        for _ in range(iterations):
+        for iteration in range(iterations):
+            if iteration:
+                q = _packed_like(_without(w, Adapter(a, b, q.layout, scale)), q)
             a, b, error = _factors(w, q, plan.spec.rank, scale)
             if error < least:
                 least, out[entry.name], adapters[entry.name] = error, q, {"a": a, "b": b}
-            q = _packed_again(matrix - Adapter(a, b, q.layout, scale).matrix(), q)
     return out, adapters
 
 
@@ -164,11 +176,10 @@ def _merged(leaves: Mapping[str, Any], adapters: Flat, scale: float, requantize:
             continue
         q = leaf.own if isinstance(leaf, FoldedParam) else leaf
         if name not in adapters:
-            out[name] = q.dequantize()
+            out[name] = jax.jit(QTensor.dequantize)(q)
             continue
-        added = adapter(name, adapters[name], q.shape, q.layout, scale).matrix()
-        matrix = q.matrix(jnp.dtype("float32")) + added
-        out[name] = _packed_again(matrix, q) if requantize else q.layout.from_matrix(matrix.astype(q.dtype))
+        w = _with(q, adapter(name, adapters[name], q.shape, q.layout, scale))
+        out[name] = _packed_like(w, q) if requantize else w
     return out
 
 
@@ -184,6 +195,7 @@ class LoraLinen(QuantizedLinen):
     """
 
     spec: AdapterSpec
+    _adapts: ClassVar[bool] = True
 
     def _call(self, variables: Variables, args: tuple, kwargs: dict[str, Any], how: dict[str, Any]) -> _Call:
         own, adapters = _take(variables)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,12 @@ from jax.extend.core import Literal
 
 from pallas_kernels import numerics
 from pallas_kernels.activations import ActSpec, MovingAverage
+from pallas_kernels.kv_cache import QCache
 from pallas_kernels.qtensor import FoldedParam, QTensor, fake_quant, fake_quant_with_codes, is_packed
 from pallas_kernels.qtensor import quantize as pack
 from passes import control_flow, integer, lower
 from passes.batch_norm import fold_batch_norm
+from passes.kv_cache import NO_CACHES, as_cache_rules, plan_caches, plan_given
 from passes.plan import Entry, Plan, PlanError, make_plan
 from passes.replay import Absorbed, FoldValue, Ref, replay
 from passes.sites import Sites, evaluate_fold, find_sites
@@ -52,7 +54,11 @@ Variables = Any
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct) or is_packed(value)
+    return isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct) or _is_leaf(value)
+
+
+def _is_leaf(value: Any) -> bool:
+    return is_packed(value) or isinstance(value, QCache)
 
 
 @dataclasses.dataclass
@@ -67,10 +73,12 @@ class _Call:
     is_param: Callable[[tuple], bool]  # says of a key path into `inputs` whether its leaf is a parameter
     name: Callable[[tuple], str]  # the path name of such a leaf
     state: Callable[[tuple], str | None] = lambda path: None  # the path name of a variable that is no parameter
+    # says of a key path into the results of fn of which variable it is the new value; None where that is not known
+    updates: Callable[[tuple], str | None] | None = None
     rewrite: Callable[..., tuple[list[Any], dict[Any, Any]]] | None = None  # (compiled, values, at) -> (values, at)
 
     def __post_init__(self):
-        flat, self.tree = jax.tree_util.tree_flatten_with_path(self.inputs, is_leaf=is_packed)
+        flat, self.tree = jax.tree_util.tree_flatten_with_path(self.inputs, is_leaf=_is_leaf)
         self.static = {i: leaf for i, (_, leaf) in enumerate(flat) if not _is_array(leaf)}
         dynamic = [(path, leaf) for path, leaf in flat if _is_array(leaf)]
         self.leaves = [leaf for _, leaf in dynamic]
@@ -81,20 +89,23 @@ class _Call:
         self.state_paths = [
             self.state(path) if own is None else None for own, (path, _) in zip(self.paths, dynamic, strict=True)
         ]
-        for path, leaf in zip(self.paths, self.leaves, strict=True):
+        for path, state, leaf in zip(self.paths, self.state_paths, self.leaves, strict=True):
             if path is None and is_packed(leaf):
                 raise TypeError("qjax: a packed tensor was passed where the model takes no parameter.")
+            if state is None and isinstance(leaf, QCache):
+                raise TypeError("qjax: a packed cache was passed where the model takes no state.")
 
     def _flat(self, *leaves: Any) -> list[Any]:
         rest, size = iter(leaves), len(self.static) + len(leaves)
         whole = [self.static[i] if i in self.static else next(rest) for i in range(size)]
-        out, self.out_tree = jax.tree.flatten(self.fn(*jax.tree.unflatten(self.tree, whole)))
-        self.out_static = {i: leaf for i, leaf in enumerate(out) if not _is_array(leaf)}
-        return [leaf for leaf in out if _is_array(leaf)]
+        flat, self.out_tree = jax.tree_util.tree_flatten_with_path(self.fn(*jax.tree.unflatten(self.tree, whole)))
+        self.out_static = {i: leaf for i, (_, leaf) in enumerate(flat) if not _is_array(leaf)}
+        self.out_paths = [path for path, leaf in flat if _is_array(leaf)]
+        return [leaf for _, leaf in flat if _is_array(leaf)]
 
     def trace(self) -> Program:
         """The float program: packed parameters stand in it as the float arrays they were."""
-        avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_packed(x) else x for x in self.leaves]
+        avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_leaf(x) else x for x in self.leaves]
         return trace(self._flat, avals, self.paths, self.state_paths)
 
     def results(self, flat: Sequence[Any]) -> Any:
@@ -103,11 +114,16 @@ class _Call:
         whole = [self.out_static[i] if i in self.out_static else next(rest) for i in range(size)]
         return jax.tree.unflatten(self.out_tree, whole)
 
-    def with_params(self, values: Mapping[str, Any]) -> Any:
-        """`inputs` with some parameters replaced."""
+    def new_state(self) -> list[str | None] | None:
+        """After `trace`: per result, the variable of which it is the new value."""
+        return None if self.updates is None else [self.updates(path) for path in self.out_paths]
+
+    def with_params(self, values: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> Any:
+        """`inputs` with some parameters and some state replaced."""
+        state = state or {}
         rest = iter(
-            values.get(path, leaf) if path is not None else leaf
-            for path, leaf in zip(self.paths, self.leaves, strict=True)
+            values.get(path, leaf) if path is not None else state.get(other, leaf) if other is not None else leaf
+            for path, other, leaf in zip(self.paths, self.state_paths, self.leaves, strict=True)
         )
         size = len(self.static) + len(self.leaves)
         whole = [self.static[i] if i in self.static else next(rest) for i in range(size)]
@@ -124,7 +140,8 @@ class _Compiled:
     params: dict[str, Any]  # parameters, and the state that a folded normalisation reads
 
 
-def _compile(call: _Call, recipe: Recipe, *, strict: bool) -> _Compiled:
+def _compile(call: _Call, recipe: Recipe, *, strict: bool, deciding: bool = True) -> _Compiled:
+    """Traces a call and decides; with `deciding` False nothing about caches that are not packed."""
     program = call.trace()
     known: dict[str, Any] = {}
     norms: list[tuple[str, str]] = []
@@ -138,6 +155,13 @@ def _compile(call: _Call, recipe: Recipe, *, strict: bool) -> _Compiled:
             raise PlanError("qjax: fold_batch_norm=True, but this call has no batch normalisation. Leave it out.")
     sites = find_sites(program, frozenset(known))
     plan = dataclasses.replace(make_plan(sites, recipe.rules, strict=strict), norms=tuple(norms))
+    state = zip(call.state_paths, call.leaves, strict=True)
+    given = {name: leaf for name, leaf in state if name is not None and isinstance(leaf, QCache)}
+    if given:
+        plan = dataclasses.replace(plan, caches=plan_given(program, call.new_state(), given))
+    elif recipe.kv_cache and deciding:
+        caches = plan_caches(program, call.new_state(), recipe.kv_cache, strict=strict)
+        plan = dataclasses.replace(plan, caches=caches)
     params = {path: leaf for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None}
     return _Compiled(program, sites, plan, {**known, **params})
 
@@ -163,7 +187,7 @@ def _run(call: _Call, recipe: Recipe, ranges: _Ranges) -> tuple[Any, _Ranges]:
     training = any(not is_packed(leaf) for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None)
     if training:
         recipe.check_patterns([path for path in call.paths if path is not None])
-    compiled = _compile(call, recipe, strict=False)
+    compiled = _compile(call, recipe, strict=False, deciding=False)
     plan = compiled.plan
     check_ranges(plan, ranges.known)
     packed = any(is_packed(leaf) for leaf in compiled.params.values())
@@ -196,7 +220,7 @@ def _run(call: _Call, recipe: Recipe, ranges: _Ranges) -> tuple[Any, _Ranges]:
     for path, leaf in zip(call.paths, call.leaves, strict=True):
         if isinstance(leaf, FoldedParam):
             values.append(Absorbed(str(path)) if leaf.own is None else leaf.own)
-        elif isinstance(leaf, QTensor):
+        elif isinstance(leaf, QTensor | QCache):
             values.append(leaf)
         elif path is None or (entry := plan[path]).spec is None:
             values.append(jnp.asarray(leaf))  # NumPy inputs are welcome
@@ -211,8 +235,9 @@ def _run(call: _Call, recipe: Recipe, ranges: _Ranges) -> tuple[Any, _Ranges]:
     if call.rewrite is not None:
         values, at = call.rewrite(compiled, values, at)
     statistics: dict[str, Any] = {}
-    if folds or at or any(isinstance(v, QTensor | Absorbed) for v in values):
-        out, statistics = replay(compiled.program, values, rules=lower.RULES, folds=folds, at=at)
+    if folds or at or any(isinstance(v, QTensor | Absorbed | QCache) for v in values):
+        caches = plan.caches or NO_CACHES
+        out, statistics = replay(compiled.program, values, rules=lower.RULES, folds=folds, at=at, caches=caches)
     else:
         out = control_flow.evaluate(compiled.program.jaxpr, values)
 
@@ -297,9 +322,21 @@ def _convert(call: _Call, recipe: Recipe, ranges: Flat) -> dict[str, Any]:
     return packed
 
 
+def _convert_caches(call: _Call, recipe: Recipe) -> dict[str, Any]:
+    """The packed form of every cache that the recipe quantizes, by path of the state."""
+    if not recipe.kv_cache:
+        return {}
+    state = dict(zip(call.state_paths, call.leaves, strict=True))
+    if any(isinstance(leaf, QCache) for leaf in state.values()):
+        return {}
+    program = call.trace()
+    plan = plan_caches(program, call.new_state(), recipe.kv_cache, strict=recipe.strict)
+    return {entry.name: entry.pack(state[entry.name]) for entry in plan.quantized}
+
+
 def _observe(call: _Call, recipe: Recipe) -> tuple[dict[str, Any], Plan]:
     """The statistics of one batch, by name of the range, while the float model runs."""
-    compiled = _compile(call, recipe, strict=recipe.strict)
+    compiled = _compile(call, recipe, strict=recipe.strict, deciding=False)
     for path, leaf in compiled.params.items():
         if is_packed(leaf):
             raise TypeError(f"qjax: {path!r} is packed already; calibration runs the float model.")
@@ -360,6 +397,10 @@ def _take_ranges(variables: Mapping[str, Any], update: bool = False) -> tuple[di
     return own, _Ranges(flatten(kept, learned), kept.get(STEP), update and bool(kept))
 
 
+def _paths(params: Any) -> list[str]:
+    return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)[0]]
+
+
 def _kept(variables: Mapping[str, Any], after: _Ranges) -> dict[str, Any]:
     """The collection `quant_stats` after a call."""
     names = flatten(variables.get(KEPT))
@@ -388,6 +429,7 @@ class QuantizedLinen:
 
     module: linen.Module
     recipe: Recipe
+    _adapts: ClassVar[bool] = False  # whether "lora" is a collection of its own
 
     def _call(self, variables: Variables, args: tuple, kwargs: dict[str, Any], how: dict[str, Any]) -> _Call:
         rngs = how.pop("rngs", None)
@@ -408,6 +450,10 @@ class QuantizedLinen:
             is_param=lambda path: collection(path) == "params",
             name=lambda path: path_name(path[2:]),
             state=state,
+            # with `mutable`, apply returns its result and the collections
+            updates=lambda path: (
+                None if how.get("mutable", False) is False or path[0].idx == 0 else path_name(path[1:])
+            ),
         )
 
     @staticmethod
@@ -439,6 +485,12 @@ class QuantizedLinen:
         averages and the step of a schedule, as "batch_stats" are updated.
         """
         self._check(variables)
+        adapters = set(flatten(variables.get("lora"))) & set(_paths(variables.get("params")))
+        if adapters and not self._adapts:
+            raise ValueError(
+                f"qjax: the variables have an adapter for {min(adapters)!r} in 'lora', which only the model that "
+                "qjax.lora gave applies. Call that one, or leave the collection out."
+            )
         update = mutable is not False and in_filter(mutable, KEPT)
         if isinstance(mutable, str) and mutable == KEPT:
             inner: Any = []
@@ -509,7 +561,8 @@ class QuantizedLinen:
             variables = self.calibrate(variables, calibration, progress=False, **how, **kwargs)
         own, ranges = _take_ranges(variables)
         call = self._call(own, args, kwargs, how)
-        return {**call.with_params(_convert(call, self.recipe, ranges.known))[0], **_ranges_of(variables)}
+        packed = _convert(call, self.recipe, ranges.known)
+        return {**call.with_params(packed, _convert_caches(call, self.recipe))[0], **_ranges_of(variables)}
 
     def observe(
         self,
@@ -577,6 +630,7 @@ class QuantizedFunction:
             (params, args, kwargs),
             is_param=lambda path: path[0].idx == 0,
             name=lambda path: path_name(path[1:]),
+            state=lambda path: None if path[0].idx == 0 else path_name(path[1:]),
         )
 
     @staticmethod
@@ -606,7 +660,8 @@ class QuantizedFunction:
             params = self.calibrate(params, calibration, progress=False, **kwargs)
         own, ranges = self._split(params)
         call = self._call(own, args, kwargs)
-        packed = call.with_params(_convert(call, self.recipe, _take_ranges(ranges)[1].known))[0]
+        values = _convert(call, self.recipe, _take_ranges(ranges)[1].known)
+        packed = call.with_params(values)[0]
         return {"params": packed, **_ranges_of(ranges)} if ranges else packed
 
     def observe(
@@ -734,6 +789,8 @@ class QuantizedNNX(nnx.Module):
             is_param=lambda path: path[0].idx == 0 and path[1].key in params,
             name=lambda path: path_name(path[1:]),
             state=lambda path: path_name(path[1:]) if path[0].idx == 0 else None,
+            # (result, the state of the module and of other objects after the call)
+            updates=lambda path: after[0][path[2].idx][0] if path[0].idx == 1 and path[1].idx == 0 else None,
         )
 
         def keep(values: Any) -> None:
@@ -774,8 +831,9 @@ class QuantizedNNX(nnx.Module):
             seen = self.observe(calibration, progress=False, method=method, **kwargs)
             collections = _calibrated(seen, self.recipe)
         known = _take_ranges(collections)[1].known
-        packed = _convert(self._call(args, kwargs, method)[0], self.recipe, known)
-        out = QuantizedNNX(with_nnx_values(self.model, packed), self.recipe)
+        call, _ = self._call(args, kwargs, method)
+        packed, caches = _convert(call, self.recipe, known), _convert_caches(call, self.recipe)
+        out = QuantizedNNX(with_nnx_values(self.model, {**packed, **caches}), self.recipe)
         out.ranges.keep(_ranges_of(collections))
         return out
 
@@ -826,7 +884,13 @@ def with_nnx_values(model: nnx.Module, values: Mapping[str, Any]) -> nnx.Module:
 
 
 def quantize(
-    model: Any, recipe: Any, *, strict: bool = True, fold_batch_norm: bool = False, schedule: Schedule | None = None
+    model: Any,
+    recipe: Any,
+    *,
+    strict: bool = True,
+    fold_batch_norm: bool = False,
+    schedule: Schedule | None = None,
+    kv_cache: Any = None,
 ) -> Any:
     """Wraps a model so that it runs quantized.
 
@@ -839,6 +903,9 @@ def quantize(
         fold_batch_norm: multiply batch normalisation into the convolution or matmul before it, in training as in
             serving (`passes.batch_norm`).
         schedule: when training begins to quantize and stops to update moving averages.
+        kv_cache: how key-value caches are stored: "int8", "int4" or any other format, `qjax.cache(...)`, or
+            {pattern: one of these or None}, where a pattern is a path such as "cache/**/cached_key". `convert` packs
+            them; a call takes packed and float ones.
 
     Returns:
         `QuantizedLinen`, `QuantizedNNX` or `QuantizedFunction`, each with `plan`, `convert` and a call.
@@ -856,6 +923,8 @@ def quantize(
     resolved = as_recipe(recipe, strict=strict)
     if fold_batch_norm or schedule is not None:
         resolved = dataclasses.replace(resolved, fold_batch_norm=fold_batch_norm, schedule=schedule)
+    if kv_cache is not None:
+        resolved = dataclasses.replace(resolved, kv_cache=as_cache_rules(kv_cache))
     if isinstance(model, linen.Module):
         return QuantizedLinen(model, resolved)
     if isinstance(model, nnx.Module):

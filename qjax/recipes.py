@@ -17,6 +17,8 @@ from pallas_kernels.formats import (
     QuantSpec,
     QuickSearch,
 )
+from pallas_kernels.kv_cache import CacheSpec
+from passes.kv_cache import CacheRule
 from passes.plan import PlanError, Rule, check_patterns
 from qjax.ranges import Schedule
 
@@ -98,23 +100,27 @@ class Recipe:
         strict: whether a rule that does nothing is an error.
         fold_batch_norm: whether batch normalisation is multiplied into the weights before it.
         schedule: when training quantizes; None for always.
+        kv_cache: how state is stored; of several rules that match, the first wins.
     """
 
     rules: tuple[Rule, ...]
     strict: bool = True
     fold_batch_norm: bool = False
     schedule: Schedule | None = None
+    kv_cache: tuple[CacheRule, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict that `from_json` reads back; the schedule of training is not part of it."""
         rules = [rule.to_json() for rule in self.rules]
-        return {"rules": rules, "strict": self.strict, "fold_batch_norm": self.fold_batch_norm}
+        caches = {"kv_cache": [rule.to_json() for rule in self.kv_cache]} if self.kv_cache else {}
+        return {"rules": rules, "strict": self.strict, "fold_batch_norm": self.fold_batch_norm, **caches}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Recipe:
         """Reads what `to_json` wrote."""
         rules = tuple(Rule.from_json(rule) for rule in data["rules"])
-        return Recipe(rules, data["strict"], bool(data.get("fold_batch_norm", False)))
+        caches = tuple(CacheRule.from_json(rule) for rule in data.get("kv_cache", ()))
+        return Recipe(rules, data["strict"], bool(data.get("fold_batch_norm", False)), kv_cache=caches)
 
     def check_patterns(self, paths: Sequence[str]) -> None:
         """Raises a `PlanError` for a rule that matches none of the paths, if strict."""
@@ -163,6 +169,19 @@ def pact(format: str = "int8", *, zero_point: bool = False) -> ActSpec:
     With a zero point the range is [0, clip], for what a ReLU gives; otherwise [-clip, clip].
     """
     return ActSpec(_activation_format(format), LearnedClip(), "tensor", zero_point)
+
+
+def cache(format: str = "int8", *, zero_point: bool = False, scale_dtype: ScaleDtype = "float32") -> CacheSpec:
+    """A key-value cache whose vectors (one token, one head) are stored in a format, each with its own scale.
+
+    Args:
+        format: any format by name.
+        zero_point: let the range of a vector be asymmetric about 0; only integers can.
+        scale_dtype: of the stored scales.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"qjax: no format named {format!r}; there are {', '.join(FORMATS)}.")
+    return CacheSpec(FORMATS[format], zero_point, scale_dtype)
 
 
 def _activation_format(name: str) -> Any:

@@ -141,7 +141,8 @@ def run_qjax(case: Case, model: lm.LM, variables: Any, batches: list[lm.Tokens],
 def run_peer(case: Case, model: lm.LM, variables: Any, batches: list[lm.Tokens]) -> Result:
     assert case.peer is not None
     quantized = qwix.quantize_model(model, qwix.PtqProvider([case.peer]))
-    abstract = jax.eval_shape(quantized.init, jax.random.key(0), jnp.zeros(EXAMPLE.shape, EXAMPLE.dtype))
+    # Not EXAMPLE: its attention is shorter than a tile, which the peer refuses.
+    abstract = jax.eval_shape(quantized.init, jax.random.key(0), jnp.zeros(batches[0].shape, batches[0].dtype))
     params = qwix.quantize_params(variables["params"], abstract["params"])
     flat = {"/".join(path): w.array for path, w in flatten_dict(params).items() if isinstance(w, WithAux)}
     leaves = {path: (w.qvalue.size, w.qvalue, (w.scale, w.zero_point)) for path, w in flat.items()}
