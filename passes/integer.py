@@ -36,9 +36,6 @@ RangeArrays = Mapping[str, Mapping[str, Any]]
 """Name of a range -> its arrays, each with one leading axis for every layer scan around the site."""
 
 
-_float = as_float
-
-
 def _range_of(ranges: RangeArrays, name: str, site: QuantizedSite, scope: Scope) -> dict[str, Array]:
     def pick(a: Any) -> Array:
         a = jnp.asarray(a, jnp.float32)
@@ -64,7 +61,7 @@ def quantized(site: QuantizedSite, ranges: RangeArrays, *, tap: bool = False, en
             _tap(site, values, scope)
         inputs: list[tuple[Activation, Array]] = []
         for entering in site.inputs:
-            x = _float(values[entering.operand])
+            x = as_float(values[entering.operand])
             key = (entering.flow, entering.axes, site.spec, entering.range)
             if key not in scope.memo:
                 known = None if entering.range is None else _range_of(ranges, entering.range, site, scope)
@@ -73,7 +70,7 @@ def quantized(site: QuantizedSite, ranges: RangeArrays, *, tap: bool = False, en
             inputs.append(scope.memo[key])
         out = _product(site, eqn, values, inputs)
         if enabled is not None:
-            plain = control_flow.bind(eqn, [_float(v) for v in values])[0]
+            plain = control_flow.bind(eqn, [as_float(v) for v in values])[0]
             out = jnp.where(enabled, out, plain)
         return [out]
 
@@ -85,7 +82,7 @@ def observed(site: QuantizedSite) -> AtRule:
 
     def rule(eqn: Any, values: list[Any], scope: Scope) -> list[Any]:
         _tap(site, values, scope)
-        return control_flow.bind(eqn, [_float(v) for v in values])
+        return control_flow.bind(eqn, [as_float(v) for v in values])
 
     return rule
 
@@ -95,7 +92,7 @@ def _tap(site: QuantizedSite, values: list[Any], scope: Scope) -> None:
         key = ("tapped", entering.range)
         if entering.range is not None and key not in scope.memo:
             scope.memo[key] = True
-            scope.tap(entering.range, observe.observe(_float(values[entering.operand]), site.spec), site.loops)
+            scope.tap(entering.range, observe.observe(as_float(values[entering.operand]), site.spec), site.loops)
 
 
 # --- Products ------------------------------------------------------------------------------------------------------
@@ -119,7 +116,7 @@ def _product(site: QuantizedSite, eqn: Any, values: list[Any], inputs: list[tupl
         rule = lower.RULES.get(eqn.primitive)
         if packed and rule and site.weight is not None and (out := rule(eqn, values, site.weight)) is not None:
             return out[0]
-        return control_flow.bind(eqn, [_float(v) for v in values])[0]
+        return control_flow.bind(eqn, [as_float(v) for v in values])[0]
 
     if exact is None:
         return smooth(values)

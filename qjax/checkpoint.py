@@ -32,6 +32,7 @@ from jax.tree_util import DictKey, SequenceKey
 
 from pallas_kernels import numerics
 from pallas_kernels.formats import QuantSpec
+from pallas_kernels.kv_cache import QCache
 from pallas_kernels.qtensor import FoldedParam, Layout, QTensor, is_packed
 from passes.trace import key_name
 from qjax.model import QuantizedNNX, nnx_state, quantize, with_nnx_values
@@ -175,10 +176,15 @@ def _flatten(q: Any, variables: Any) -> list[_Leaf]:
     if variables is None:
         raise TypeError("qjax: save needs the packed variables: save(path, q, packed).")
     unboxed = meta.unbox(variables)
-    flat, _ = jax.tree_util.tree_flatten_with_path(unboxed, is_leaf=is_packed)
+    flat, _ = jax.tree_util.tree_flatten_with_path(unboxed, is_leaf=lambda x: is_packed(x) or isinstance(x, QCache))
     leaves = []
     for path, value in flat:
         name = "/".join(map(key_name, path))
+        if isinstance(value, QCache):
+            raise TypeError(
+                f"qjax: {name!r} is a packed key-value cache, which is not saved: it belongs to one conversation. "
+                "Leave its collection out; convert makes an empty one from shapes."
+            )
         if not is_packed(value):
             value = value if isinstance(value, jax.Array) else np.asarray(value)
         leaves.append(_Leaf(name, _steps(path, name), value))

@@ -20,19 +20,21 @@ from jaxtyping import Array
 
 from pallas_kernels.qtensor import FoldedParam, QTensor, is_packed
 from passes.adapters import Adapter, AdapterPlan, AdapterSpec, adapter, attach, plan_adapters
+from qjax.call import (
+    Call,
+    Compiled,
+    Variables,
+    compile_call,
+    convert_call,
+    pack_jitted,
+    ranges_of,
+    run_call,
+    take_ranges,
+)
 from qjax.model import (
     QuantizedFunction,
     QuantizedLinen,
     QuantizedNNX,
-    Variables,
-    _Call,
-    _compile,
-    _Compiled,
-    _convert,
-    _pack_jitted,
-    _ranges_of,
-    _run,
-    _take_ranges,
     nnx_state,
     with_nnx_values,
 )
@@ -48,22 +50,22 @@ def _take(variables: Variables) -> tuple[dict[str, Any], Flat]:
     return {name: tree for name, tree in variables.items() if name != LORA}, flatten(variables.get(LORA))
 
 
-def _with_adapters(call: _Call, adapters: Flat, scale: float) -> _Call:
+def _with_adapters(call: Call, adapters: Flat, scale: float) -> Call:
     """The call, so that it runs with adapters."""
 
-    def rewrite(compiled: _Compiled, values: list[Any], at: Mapping[Any, Any]) -> tuple[list[Any], dict[Any, Any]]:
+    def rewrite(compiled: Compiled, values: list[Any], at: Mapping[Any, Any]) -> tuple[list[Any], dict[Any, Any]]:
         return attach(compiled.program, compiled.sites, compiled.plan, values, at, adapters, scale)
 
     call.rewrite = rewrite if adapters else None
     return call
 
 
-def _plan(call: _Call, recipe: Recipe, spec: AdapterSpec) -> AdapterPlan:
-    compiled = _compile(call, recipe, strict=False)
+def _plan_adapters(call: Call, recipe: Recipe, spec: AdapterSpec) -> AdapterPlan:
+    compiled = compile_call(call, recipe, strict=False)
     return plan_adapters(compiled.program, compiled.sites, compiled.plan, spec)
 
 
-def _leaves(call: _Call) -> dict[str, Any]:
+def _leaves(call: Call) -> dict[str, Any]:
     return {path: leaf for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None}
 
 
@@ -112,7 +114,7 @@ def _with(q: QTensor, part: Adapter) -> Array:
 
 
 def _packed_like(w: Array, like: QTensor) -> QTensor:
-    return _pack_jitted(w, spec=like.spec, layout=like.layout, order=like.order)
+    return pack_jitted(w, spec=like.spec, layout=like.layout, order=like.order)
 
 
 def _loftq(
@@ -137,12 +139,12 @@ def _loftq(
 
 
 def _start(
-    call: _Call, recipe: Recipe, spec: AdapterSpec, key: Array, iterations: int, known: Flat
+    call: Call, recipe: Recipe, spec: AdapterSpec, key: Array, iterations: int, known: Flat
 ) -> tuple[dict[str, Any], Flat]:
     """The parameters to replace, by path, and the adapters."""
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
         raise ValueError(f"qjax: loftq_iterations={iterations!r} is a whole number; 0 starts from b = 0.")
-    plan = _plan(call, recipe, spec)
+    plan = _plan_adapters(call, recipe, spec)
     if not iterations:
         return {}, _initial(key, plan)
     floats = _leaves(call)
@@ -151,7 +153,7 @@ def _start(
             f"qjax: {done[0]!r} is packed already: LoftQ needs the float weights, of which it quantizes what the "
             "adapters leave. Pass the float variables, or loftq_iterations=0."
         )
-    return _loftq(floats, _convert(call, recipe, known), plan, iterations)
+    return _loftq(floats, convert_call(call, recipe, known), plan, iterations)
 
 
 # --- Merging -----------------------------------------------------------------------------------------------------
@@ -197,7 +199,7 @@ class LoraLinen(QuantizedLinen):
     spec: AdapterSpec
     _adapts: ClassVar[bool] = True
 
-    def _call(self, variables: Variables, args: tuple, kwargs: dict[str, Any], how: dict[str, Any]) -> _Call:
+    def _call(self, variables: Variables, args: tuple, kwargs: dict[str, Any], how: dict[str, Any]) -> Call:
         own, adapters = _take(variables)
         return _with_adapters(super()._call(own, args, kwargs, how), adapters, self.spec.scale)
 
@@ -221,7 +223,7 @@ class LoraLinen(QuantizedLinen):
         """
         self._check(variables)
         how = {"rngs": rngs, "method": method, "mutable": mutable}
-        return _plan(self._call(_take_ranges(variables)[0], args, kwargs, how), self.recipe, self.spec)
+        return _plan_adapters(self._call(take_ranges(variables)[0], args, kwargs, how), self.recipe, self.spec)
 
     def init(  # type: ignore[override]
         self,
@@ -249,10 +251,10 @@ class LoraLinen(QuantizedLinen):
         """
         self._check(variables)
         how = {"rngs": rngs, "method": method, "mutable": mutable}
-        own, ranges = _take_ranges(variables)
+        own, ranges = take_ranges(variables)
         call = self._call(own, args, kwargs, how)
         new, adapters = _start(call, self.recipe, self.spec, key, loftq_iterations, ranges.known)
-        return {**call.with_params(new)[0], **_ranges_of(variables), LORA: nest(adapters)}
+        return {**call.with_params(new)[0], **ranges_of(variables), LORA: nest(adapters)}
 
     def merge(self, variables: Variables, *args: Any, requantize: bool = False, **kwargs: Any) -> Variables:
         """The variables with the adapters added to the weights, without the collection "lora".
@@ -266,9 +268,9 @@ class LoraLinen(QuantizedLinen):
         own, adapters = _take(variables)
         if not any(map(is_packed, jax.tree.leaves(own, is_leaf=is_packed))):
             own = self.convert(own, *args, **kwargs)
-        call = super()._call(_take_ranges(own)[0], (), {}, {})
+        call = super()._call(take_ranges(own)[0], (), {}, {})
         new = _merged(_leaves(call), adapters, self.spec.scale, requantize)
-        return {**call.with_params(new)[0], **_ranges_of(own)}
+        return {**call.with_params(new)[0], **ranges_of(own)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -301,21 +303,21 @@ class LoraFunction(QuantizedFunction):
         """Runs the function with adapters."""
         own, ranges, adapters = self._split_adapters(variables)
         call = _with_adapters(self._call(own, args, kwargs), adapters, self.spec.scale)
-        return _run(call, self.recipe, _take_ranges(ranges)[1])[0]
+        return run_call(call, self.recipe, take_ranges(ranges)[1])[0]
 
     __call__ = apply
 
     def plan(self, params: Variables, *args: Any, **kwargs: Any) -> AdapterPlan:  # type: ignore[override]
         """Which parameters take adapters; arguments and errors as for `LoraLinen.plan`."""
-        return _plan(self._call(self._given(params)[0], args, kwargs), self.recipe, self.spec)
+        return _plan_adapters(self._call(self._given(params)[0], args, kwargs), self.recipe, self.spec)
 
     def init(self, key: Array, params: Variables, *args: Any, loftq_iterations: int = 0, **kwargs: Any) -> Variables:
         """`{"params": params, "lora": adapters}`; arguments and errors as for `LoraLinen.init`."""
         own, ranges = self._given(params)
         call = self._call(own, args, kwargs)
-        known = _take_ranges(ranges)[1].known
+        known = take_ranges(ranges)[1].known
         new, adapters = _start(call, self.recipe, self.spec, key, loftq_iterations, known)
-        return {"params": call.with_params(new)[0], **_ranges_of(ranges), LORA: nest(adapters)}
+        return {"params": call.with_params(new)[0], **ranges_of(ranges), LORA: nest(adapters)}
 
     def merge(self, variables: Variables, *args: Any, requantize: bool = False, **kwargs: Any) -> Variables:
         """The params with the adapters added (beside ranges, where there are some); as for `LoraLinen.merge`."""
@@ -365,7 +367,7 @@ class LoraNNX(nnx.Module):
 
     def plan(self, *args: Any, method: Any = None, **kwargs: Any) -> AdapterPlan:
         """Which parameters take adapters; errors as for `LoraLinen.plan`."""
-        return _plan(self.base._call(args, kwargs, method)[0], self.base.recipe, self.spec)
+        return _plan_adapters(self.base._call(args, kwargs, method)[0], self.base.recipe, self.spec)
 
     def init(self, key: Array, *args: Any, loftq_iterations: int = 0, method: Any = None, **kwargs: Any) -> LoraNNX:
         """A module with new adapters on the same base; errors as for `LoraLinen.init`.
@@ -373,12 +375,12 @@ class LoraNNX(nnx.Module):
         With `loftq_iterations` the base must be float: the new module has a packed copy of it.
         """
         collections = self.base.ranges.collections()
-        call, known = self.base._call(args, kwargs, method)[0], _take_ranges(collections)[1].known
+        call, known = self.base._call(args, kwargs, method)[0], take_ranges(collections)[1].known
         new, adapters = _start(call, self.base.recipe, self.spec, key, loftq_iterations, known)
         base = self.base
         if loftq_iterations:
             base = QuantizedNNX(with_nnx_values(self.base.model, new), self.base.recipe)
-            base.ranges.keep(_ranges_of(collections))
+            base.ranges.keep(ranges_of(collections))
         return LoraNNX(base, self.spec, adapters)
 
     def merge(self, *args: Any, requantize: bool = False, method: Any = None, **kwargs: Any) -> Any:
@@ -397,7 +399,7 @@ class LoraNNX(nnx.Module):
         if not requantize:
             return merged
         out = QuantizedNNX(merged, base.recipe)
-        out.ranges.keep(_ranges_of(base.ranges.collections()))
+        out.ranges.keep(ranges_of(base.ranges.collections()))
         return out
 
 

@@ -8,30 +8,31 @@ activations travel in collections of their own beside the parameters (`qjax.rang
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import linen, nnx
 from flax.core.scope import in_filter
-from jax.extend.core import Literal
 
-from pallas_kernels import numerics
-from pallas_kernels.activations import ActSpec, MovingAverage
-from pallas_kernels.kv_cache import QCache
-from pallas_kernels.qtensor import FoldedParam, QTensor, fake_quant, fake_quant_with_codes, is_packed
-from pallas_kernels.qtensor import quantize as pack
-from passes import control_flow, integer, lower
-from passes.batch_norm import fold_batch_norm
-from passes.kv_cache import NO_CACHES, as_cache_rules, plan_caches, plan_given
-from passes.plan import Entry, Plan, PlanError, make_plan
-from passes.replay import Absorbed, FoldValue, Ref, replay
-from passes.sites import Sites, evaluate_fold, find_sites
-from passes.trace import Program, path_name, trace
-from passes.views import View
+from passes.kv_cache import as_cache_rules
+from passes.plan import Plan
+from passes.trace import path_name
+from qjax.call import (
+    Call,
+    Variables,
+    calibrate_over,
+    calibrated,
+    convert_caches,
+    convert_call,
+    kept_after,
+    observe_call,
+    param_paths,
+    plan_call,
+    ranges_of,
+    run_call,
+    take_ranges,
+)
 from qjax.ranges import (
     KEPT,
     LEARNED,
@@ -39,388 +40,10 @@ from qjax.ranges import (
     Calibration,
     Flat,
     Schedule,
-    arguments,
-    counted,
     flatten,
-    moved,
     nest,
-    specs_of,
 )
-from qjax.ranges import check as check_ranges
 from qjax.recipes import Recipe, as_recipe
-
-Variables = Any
-"""A tree of arrays (float or packed) as `Module.apply` takes it."""
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct) or _is_leaf(value)
-
-
-def _is_leaf(value: Any) -> bool:
-    return is_packed(value) or isinstance(value, QCache)
-
-
-@dataclasses.dataclass
-class _Call:
-    """One call of a model as a flat function: its array inputs, which of them are parameters, and its results.
-
-    Whatever is no array (flags, strings, None, Python numbers) is part of the call, as it is for `Module.apply`.
-    """
-
-    fn: Callable[..., Any]
-    inputs: Any  # a tree; the arguments of fn
-    is_param: Callable[[tuple], bool]  # says of a key path into `inputs` whether its leaf is a parameter
-    name: Callable[[tuple], str]  # the path name of such a leaf
-    state: Callable[[tuple], str | None] = lambda path: None  # the path name of a variable that is no parameter
-    # says of a key path into the results of fn of which variable it is the new value; None where that is not known
-    updates: Callable[[tuple], str | None] | None = None
-    rewrite: Callable[..., tuple[list[Any], dict[Any, Any]]] | None = None  # (compiled, values, at) -> (values, at)
-
-    def __post_init__(self):
-        flat, self.tree = jax.tree_util.tree_flatten_with_path(self.inputs, is_leaf=_is_leaf)
-        self.static = {i: leaf for i, (_, leaf) in enumerate(flat) if not _is_array(leaf)}
-        dynamic = [(path, leaf) for path, leaf in flat if _is_array(leaf)]
-        self.leaves = [leaf for _, leaf in dynamic]
-        self.paths = [
-            self.name(path) if self.is_param(path) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else None
-            for path, leaf in dynamic
-        ]
-        self.state_paths = [
-            self.state(path) if own is None else None for own, (path, _) in zip(self.paths, dynamic, strict=True)
-        ]
-        for path, state, leaf in zip(self.paths, self.state_paths, self.leaves, strict=True):
-            if path is None and is_packed(leaf):
-                raise TypeError("qjax: a packed tensor was passed where the model takes no parameter.")
-            if state is None and isinstance(leaf, QCache):
-                raise TypeError("qjax: a packed cache was passed where the model takes no state.")
-
-    def _flat(self, *leaves: Any) -> list[Any]:
-        rest, size = iter(leaves), len(self.static) + len(leaves)
-        whole = [self.static[i] if i in self.static else next(rest) for i in range(size)]
-        flat, self.out_tree = jax.tree_util.tree_flatten_with_path(self.fn(*jax.tree.unflatten(self.tree, whole)))
-        self.out_static = {i: leaf for i, (_, leaf) in enumerate(flat) if not _is_array(leaf)}
-        self.out_paths = [path for path, leaf in flat if _is_array(leaf)]
-        return [leaf for _, leaf in flat if _is_array(leaf)]
-
-    def trace(self) -> Program:
-        """The float program: packed parameters stand in it as the float arrays they were."""
-        avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_leaf(x) else x for x in self.leaves]
-        return trace(self._flat, avals, self.paths, self.state_paths)
-
-    def results(self, flat: Sequence[Any]) -> Any:
-        """The results of the call as the model's own structure."""
-        rest, size = iter(flat), len(self.out_static) + len(flat)
-        whole = [self.out_static[i] if i in self.out_static else next(rest) for i in range(size)]
-        return jax.tree.unflatten(self.out_tree, whole)
-
-    def new_state(self) -> list[str | None] | None:
-        """After `trace`: per result, the variable of which it is the new value."""
-        return None if self.updates is None else [self.updates(path) for path in self.out_paths]
-
-    def with_params(self, values: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> Any:
-        """`inputs` with some parameters and some state replaced."""
-        state = state or {}
-        rest = iter(
-            values.get(path, leaf) if path is not None else state.get(other, leaf) if other is not None else leaf
-            for path, other, leaf in zip(self.paths, self.state_paths, self.leaves, strict=True)
-        )
-        size = len(self.static) + len(self.leaves)
-        whole = [self.static[i] if i in self.static else next(rest) for i in range(size)]
-        return jax.tree.unflatten(self.tree, whole)
-
-
-@dataclasses.dataclass
-class _Compiled:
-    """A call after tracing: its program, what is in it, what is decided, and the values of its variables by path."""
-
-    program: Program
-    sites: Sites
-    plan: Plan
-    params: dict[str, Any]  # parameters, and the state that a folded normalisation reads
-
-
-def _compile(call: _Call, recipe: Recipe, *, strict: bool, deciding: bool = True) -> _Compiled:
-    """Traces a call and decides; with `deciding` False nothing about caches that are not packed."""
-    program = call.trace()
-    known: dict[str, Any] = {}
-    norms: list[tuple[str, str]] = []
-    if recipe.fold_batch_norm:
-        program, folded, unfolded = fold_batch_norm(program)
-        read = {path for norm in folded for path in norm.state}
-        known = {path: leaf for path, leaf in zip(call.state_paths, call.leaves, strict=True) if path in read}
-        norms = [(n.name, f"folded into {', '.join(n.weight)} ({n.statistics} statistics)") for n in folded]
-        norms += [(n.name, n.reason) for n in unfolded]
-        if strict and not norms:
-            raise PlanError("qjax: fold_batch_norm=True, but this call has no batch normalisation. Leave it out.")
-    sites = find_sites(program, frozenset(known))
-    plan = dataclasses.replace(make_plan(sites, recipe.rules, strict=strict), norms=tuple(norms))
-    state = zip(call.state_paths, call.leaves, strict=True)
-    given = {name: leaf for name, leaf in state if name is not None and isinstance(leaf, QCache)}
-    if given:
-        plan = dataclasses.replace(plan, caches=plan_given(program, call.new_state(), given))
-    elif recipe.kv_cache and deciding:
-        caches = plan_caches(program, call.new_state(), recipe.kv_cache, strict=strict)
-        plan = dataclasses.replace(plan, caches=caches)
-    params = {path: leaf for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None}
-    return _Compiled(program, sites, plan, {**known, **params})
-
-
-def _plan(call: _Call, recipe: Recipe) -> Plan:
-    return _compile(call, recipe, strict=recipe.strict).plan
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ranges:
-    """Ranges that a call is given, and whether it updates them."""
-
-    known: Flat
-    step: Any = None
-    update: bool = False
-
-
-def _run(call: _Call, recipe: Recipe, ranges: _Ranges) -> tuple[Any, _Ranges]:
-    """Runs a call: fake-quant for float parameters that the recipe quantizes, packed kernels for packed ones.
-
-    Returns the results and the ranges after the call.
-    """
-    training = any(not is_packed(leaf) for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None)
-    if training:
-        recipe.check_patterns([path for path in call.paths if path is not None])
-    compiled = _compile(call, recipe, strict=False, deciding=False)
-    plan = compiled.plan
-    check_ranges(plan, ranges.known)
-    packed = any(is_packed(leaf) for leaf in compiled.params.values())
-    enabled, frozen = None, False
-    if recipe.schedule is not None and not packed:
-        if ranges.step is None:
-            raise ValueError(
-                f"qjax: the recipe has a schedule, which counts steps in '{KEPT}': start from q.calibrate(variables, "
-                "batches)."
-            )
-        enabled = ranges.step >= recipe.schedule.start
-        frozen = False if recipe.schedule.freeze is None else ranges.step >= recipe.schedule.freeze
-
-    # A weight whose product is one of integers is needed as codes in training too.
-    by_codes = {site.address for site in plan.sites if site.product == "integer" and site.weight is not None}
-    coded = {site.source for site in compiled.sites.sites if site.address in by_codes}
-
-    def simulated(w: Any, entry: Entry) -> tuple[Any, QTensor | None]:
-        """The fake-quantized value of a float one, and its codes where they are needed."""
-        assert entry.spec is not None
-        assert entry.layout is not None
-        codes = None
-        if entry.name in coded:
-            value, codes = fake_quant_with_codes(w, entry.spec, entry.layout, entry.order)
-        else:
-            value = fake_quant(w, entry.spec, entry.layout)
-        return (value if enabled is None else jnp.where(enabled, value, w)), codes
-
-    values: list[Any] = []
-    for path, leaf in zip(call.paths, call.leaves, strict=True):
-        if isinstance(leaf, FoldedParam):
-            values.append(Absorbed(str(path)) if leaf.own is None else leaf.own)
-        elif isinstance(leaf, QTensor | QCache):
-            values.append(leaf)
-        elif path is None or (entry := plan[path]).spec is None:
-            values.append(jnp.asarray(leaf))  # NumPy inputs are welcome
-        else:
-            value, codes = simulated(jnp.asarray(leaf), entry)
-            values.append(value if codes is None else Ref(codes, View.identity(codes.shape), shadow=value))
-    folds = _fold_values(compiled, simulated)
-    at = {
-        site.address: integer.quantized(site, ranges.known, tap=ranges.update and not packed, enabled=enabled)
-        for site in plan.sites
-    }
-    if call.rewrite is not None:
-        values, at = call.rewrite(compiled, values, at)
-    statistics: dict[str, Any] = {}
-    if folds or at or any(isinstance(v, QTensor | Absorbed | QCache) for v in values):
-        caches = plan.caches or NO_CACHES
-        out, statistics = replay(compiled.program, values, rules=lower.RULES, folds=folds, at=at, caches=caches)
-    else:
-        out = control_flow.evaluate(compiled.program.jaxpr, values)
-
-    # A parameter that the model hands back (mutable=True) is handed back as it came in.
-    inputs = dict(zip(compiled.program.jaxpr.jaxpr.invars, call.leaves, strict=True))
-    given = {var: leaf for (var, leaf), path in zip(inputs.items(), call.paths, strict=True) if path is not None}
-    returned = compiled.program.jaxpr.jaxpr.outvars
-    out = [given.get(var, value) if _is_var(var) else value for var, value in zip(returned, out, strict=True)]
-    after = ranges
-    if ranges.update and not packed:
-        step = None if ranges.step is None else ranges.step + 1
-        after = _Ranges(moved(plan, ranges.known, statistics, frozen), step, True)
-    return call.results(out), after
-
-
-def _is_var(atom: Any) -> bool:
-    return not isinstance(atom, Literal)
-
-
-def _fold_values(compiled: _Compiled, simulated: Callable[[Any, Entry], tuple[Any, Any]]) -> list[FoldValue]:
-    params = compiled.params
-    stored: dict[str, QTensor] = {}
-    for leaf in params.values():
-        if isinstance(leaf, FoldedParam):
-            stored.update(leaf.derived)
-    out = []
-    for fold in compiled.sites.folds.values():
-        entry, shadow = compiled.plan[fold.name], None
-        if fold.name in stored:
-            value: Any = stored[fold.name]
-        elif absorbed := [p for p in fold.expr.params if isinstance(params[p], FoldedParam)]:
-            raise ValueError(
-                f"qjax: the model makes {fold.name!r} from {', '.join(absorbed)}, which were packed as part of "
-                f"{', '.join(stored) or 'nothing'}. The packed variables come from another call of the model "
-                "(another method or other flags): convert with the inputs and flags that apply uses."
-            )
-        elif entry.spec is None:
-            continue
-        else:
-            value, codes = simulated(evaluate_fold(fold, params.__getitem__), entry)
-            value, shadow = (value, None) if codes is None else (codes, value)
-        out.append(FoldValue(fold.address, fold.expr.out, fold.loops, value, shadow))
-    return out
-
-
-def _convert(call: _Call, recipe: Recipe, ranges: Flat) -> dict[str, Any]:
-    """The packed form of every parameter that the plan quantizes, by path."""
-    compiled = _compile(call, recipe, strict=recipe.strict)
-    sites, plan = compiled.sites, compiled.plan
-    check_ranges(plan, ranges)
-    params = compiled.params
-    for path, leaf in params.items():
-        if is_packed(leaf):
-            raise TypeError(f"qjax: {path!r} is packed already ({leaf!r}); convert takes float variables.")
-        if isinstance(leaf, jax.ShapeDtypeStruct) or path not in call.paths:
-            continue
-        if plan[path].spec is not None or plan[path].folded_into:
-            numerics.check_finite(leaf, path)
-
-    packed: dict[str, Any] = {}
-    for entry in plan.quantized:
-        if entry.sources:
-            continue
-        packed[entry.name] = _pack(jnp.asarray(params[entry.name]), entry)
-    derived: dict[str, dict[str, QTensor]] = {}
-    for fold in sites.folds.values():
-        entry = plan[fold.name]
-        if entry.spec is None:
-            continue
-        floats = {p: jnp.asarray(params[p]) for p in fold.expr.params}
-        value = evaluate_fold(fold, floats.__getitem__)
-        numerics.check_finite(value, fold.name)
-        own_parts = [path for path in fold.expr.params if path in call.paths]  # state stays where it is
-        derived.setdefault(own_parts[0], {})[fold.name] = _pack(value, entry)
-        for path in own_parts:
-            derived.setdefault(path, {})
-    for path, matrices in derived.items():
-        leaf = params[path]
-        keep = path in packed or plan[path].kept
-        own = (packed.get(path, leaf)) if keep else None
-        packed[path] = FoldedParam(own, matrices, tuple(leaf.shape), jnp.dtype(leaf.dtype))
-    return packed
-
-
-def _convert_caches(call: _Call, recipe: Recipe) -> dict[str, Any]:
-    """The packed form of every cache that the recipe quantizes, by path of the state."""
-    if not recipe.kv_cache:
-        return {}
-    state = dict(zip(call.state_paths, call.leaves, strict=True))
-    if any(isinstance(leaf, QCache) for leaf in state.values()):
-        return {}
-    program = call.trace()
-    plan = plan_caches(program, call.new_state(), recipe.kv_cache, strict=recipe.strict)
-    return {entry.name: entry.pack(state[entry.name]) for entry in plan.quantized}
-
-
-def _observe(call: _Call, recipe: Recipe) -> tuple[dict[str, Any], Plan]:
-    """The statistics of one batch, by name of the range, while the float model runs."""
-    compiled = _compile(call, recipe, strict=recipe.strict, deciding=False)
-    for path, leaf in compiled.params.items():
-        if is_packed(leaf):
-            raise TypeError(f"qjax: {path!r} is packed already; calibration runs the float model.")
-    kept = [site for site in compiled.plan.sites if any(i.range is not None for i in site.inputs)]
-    at = {site.address: integer.observed(site) for site in kept}
-    values = [jnp.asarray(leaf) for leaf in call.leaves]
-    return replay(compiled.program, values, rules={}, at=at)[1], compiled.plan
-
-
-def _calibration(
-    step: Callable[[Any, tuple], tuple[dict[str, Any], Plan]],
-    variables: Any,
-    batches: Iterable[Any],
-    start: Calibration | None,
-    progress: bool,
-) -> Calibration:
-    """Runs `step(variables, arguments) -> statistics of the batch` over batches, compiled once for each shape."""
-    specs: dict[str, ActSpec] = {} if start is None else start.specs
-    total: Any = None if start is None else start.statistics
-    count = 0 if start is None else start.batches
-
-    @functools.partial(jax.jit, static_argnums=(3, 4))
-    def update(variables: Any, total: Any, arrays: list[Any], static: tuple, tree: Any) -> Any:
-        rest, fixed = iter(arrays), dict(static)
-        leaves = [fixed[i] if i in fixed else next(rest) for i in range(tree.num_leaves)]
-        seen, plan = step(variables, jax.tree.unflatten(tree, leaves))
-        found = specs_of(plan)
-        if specs and specs != found:
-            raise ValueError("qjax: this calibration was begun with another model or recipe.")
-        specs.update(found)
-        before = {name: s.nothing() for name, s in seen.items()} if total is None else total
-        decays = {n: s.range.decay if isinstance(s.range, MovingAverage) else 0.0 for n, s in found.items()}
-        return {name: before[name].follow(s, decays[name]) for name, s in seen.items()}
-
-    for batch in counted(batches, progress):
-        leaves, tree = jax.tree.flatten(arguments(batch))
-        arrays = [leaf for leaf in leaves if _is_array(leaf)]
-        static = tuple((i, leaf) for i, leaf in enumerate(leaves) if not _is_array(leaf))
-        total = update(variables, total, arrays, static, tree)
-        count += 1
-    return Calibration(jax.device_get(total or {}), specs, count)
-
-
-_pack_jitted = jax.jit(pack, static_argnames=("spec", "layout", "order"))
-
-
-def _pack(w: Any, entry: Entry) -> QTensor:
-    return _pack_jitted(w, spec=entry.spec, layout=entry.layout, order=entry.order)
-
-
-# --- The three kinds of model --------------------------------------------------------------------------------
-
-
-def _take_ranges(variables: Mapping[str, Any], update: bool = False) -> tuple[dict[str, Any], _Ranges]:
-    """The variables that the model itself has, and the ranges beside them."""
-    kept, learned = variables.get(KEPT) or {}, variables.get(LEARNED) or {}
-    own = {name: tree for name, tree in variables.items() if name not in (KEPT, LEARNED)}
-    return own, _Ranges(flatten(kept, learned), kept.get(STEP), update and bool(kept))
-
-
-def _paths(params: Any) -> list[str]:
-    return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)[0]]
-
-
-def _kept(variables: Mapping[str, Any], after: _Ranges) -> dict[str, Any]:
-    """The collection `quant_stats` after a call."""
-    names = flatten(variables.get(KEPT))
-    step = {} if after.step is None else {STEP: after.step}
-    return {**nest({name: after.known[name] for name in names}), **step}
-
-
-def _ranges_of(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The collections of ranges, to go with converted variables; the count of training steps stays behind."""
-    kept = {name: tree for name, tree in (variables.get(KEPT) or {}).items() if name != STEP}
-    found = {KEPT: kept, LEARNED: variables.get(LEARNED)}
-    return {name: tree for name, tree in found.items() if tree}
-
-
-def _calibrated(calibration: Calibration, recipe: Recipe) -> dict[str, Any]:
-    """The collections that a calibration gives."""
-    kept, learned = calibration.ranges()
-    if recipe.schedule is not None:
-        kept = {**kept, STEP: jnp.zeros((), jnp.int32)}
-    return {name: tree for name, tree in {KEPT: kept, LEARNED: learned}.items() if tree}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -431,7 +54,7 @@ class QuantizedLinen:
     recipe: Recipe
     _adapts: ClassVar[bool] = False  # whether "lora" is a collection of its own
 
-    def _call(self, variables: Variables, args: tuple, kwargs: dict[str, Any], how: dict[str, Any]) -> _Call:
+    def _call(self, variables: Variables, args: tuple, kwargs: dict[str, Any], how: dict[str, Any]) -> Call:
         rngs = how.pop("rngs", None)
 
         def fn(variables: Any, args: tuple, kwargs: dict[str, Any], rngs: Any) -> Any:
@@ -444,7 +67,7 @@ class QuantizedLinen:
             name = collection(path)
             return None if name in (None, "params") else f"{name}/{path_name(path[2:])}"
 
-        return _Call(
+        return Call(
             fn,
             (variables, args, kwargs, rngs),
             is_param=lambda path: collection(path) == "params",
@@ -485,7 +108,7 @@ class QuantizedLinen:
         averages and the step of a schedule, as "batch_stats" are updated.
         """
         self._check(variables)
-        adapters = set(flatten(variables.get("lora"))) & set(_paths(variables.get("params")))
+        adapters = set(flatten(variables.get("lora"))) & set(param_paths(variables.get("params")))
         if adapters and not self._adapts:
             raise ValueError(
                 f"qjax: the variables have an adapter for {min(adapters)!r} in 'lora', which only the model that "
@@ -502,12 +125,12 @@ class QuantizedLinen:
             "mutable": inner,
             "capture_intermediates": capture_intermediates,
         }
-        own, ranges = _take_ranges(variables, update)
-        out, after = _run(self._call(own, args, kwargs, how), self.recipe, ranges)
+        own, ranges = take_ranges(variables, update)
+        out, after = run_call(self._call(own, args, kwargs, how), self.recipe, ranges)
         if not after.update:
             return out
         result, updates = out
-        return result, {**updates, KEPT: _kept(variables, after)}
+        return result, {**updates, KEPT: kept_after(variables, after)}
 
     __call__ = apply
 
@@ -531,7 +154,7 @@ class QuantizedLinen:
         """
         self._check(variables)
         how = {"rngs": rngs, "method": method, "mutable": mutable}
-        return _plan(self._call(_take_ranges(variables)[0], args, kwargs, how), self.recipe)
+        return plan_call(self._call(take_ranges(variables)[0], args, kwargs, how), self.recipe)
 
     def convert(
         self,
@@ -559,10 +182,10 @@ class QuantizedLinen:
         how = {"rngs": rngs, "method": method, "mutable": mutable}
         if calibration is not None:
             variables = self.calibrate(variables, calibration, progress=False, **how, **kwargs)
-        own, ranges = _take_ranges(variables)
+        own, ranges = take_ranges(variables)
         call = self._call(own, args, kwargs, how)
-        packed = _convert(call, self.recipe, ranges.known)
-        return {**call.with_params(packed, _convert_caches(call, self.recipe))[0], **_ranges_of(variables)}
+        packed = convert_call(call, self.recipe, ranges.known)
+        return {**call.with_params(packed, convert_caches(call, self.recipe))[0], **ranges_of(variables)}
 
     def observe(
         self,
@@ -591,9 +214,9 @@ class QuantizedLinen:
         how = {"rngs": rngs, "method": method, "mutable": mutable}
 
         def step(own: Any, args: tuple) -> tuple[dict[str, Any], Plan]:
-            return _observe(self._call(own, args, kwargs, dict(how)), self.recipe)
+            return observe_call(self._call(own, args, kwargs, dict(how)), self.recipe)
 
-        return _calibration(step, _take_ranges(variables)[0], batches, start, progress)
+        return calibrate_over(step, take_ranges(variables)[0], batches, start, progress)
 
     def calibrate(
         self, variables: Variables, batches: Iterable[Any] | Calibration, *, progress: bool = True, **kwargs: Any
@@ -610,7 +233,7 @@ class QuantizedLinen:
         """
         if not isinstance(batches, Calibration):
             batches = self.observe(variables, batches, progress=progress, **kwargs)
-        return {**_take_ranges(variables)[0], **_calibrated(batches, self.recipe)}
+        return {**take_ranges(variables)[0], **calibrated(batches, self.recipe)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -624,8 +247,8 @@ class QuantizedFunction:
     fn: Callable[..., Any]
     recipe: Recipe
 
-    def _call(self, params: Variables, args: tuple, kwargs: dict[str, Any]) -> _Call:
-        return _Call(
+    def _call(self, params: Variables, args: tuple, kwargs: dict[str, Any]) -> Call:
+        return Call(
             lambda params, args, kwargs: self.fn(params, *args, **kwargs),
             (params, args, kwargs),
             is_param=lambda path: path[0].idx == 0,
@@ -644,13 +267,13 @@ class QuantizedFunction:
     def apply(self, params: Variables, *args: Any, **kwargs: Any) -> Any:
         """Runs the function: fake-quant on float parameters, packed kernels on packed ones."""
         own, ranges = self._split(params)
-        return _run(self._call(own, args, kwargs), self.recipe, _take_ranges(ranges)[1])[0]
+        return run_call(self._call(own, args, kwargs), self.recipe, take_ranges(ranges)[1])[0]
 
     __call__ = apply
 
     def plan(self, params: Variables, *args: Any, **kwargs: Any) -> Plan:
         """Every parameter with its format, or why it stays float; arguments as for `apply`."""
-        return _plan(self._call(self._split(params)[0], args, kwargs), self.recipe)
+        return plan_call(self._call(self._split(params)[0], args, kwargs), self.recipe)
 
     def convert(
         self, params: Variables, *args: Any, calibration: Iterable[Any] | None = None, **kwargs: Any
@@ -660,9 +283,9 @@ class QuantizedFunction:
             params = self.calibrate(params, calibration, progress=False, **kwargs)
         own, ranges = self._split(params)
         call = self._call(own, args, kwargs)
-        values = _convert(call, self.recipe, _take_ranges(ranges)[1].known)
+        values = convert_call(call, self.recipe, take_ranges(ranges)[1].known)
         packed = call.with_params(values)[0]
-        return {"params": packed, **_ranges_of(ranges)} if ranges else packed
+        return {"params": packed, **ranges_of(ranges)} if ranges else packed
 
     def observe(
         self,
@@ -676,9 +299,9 @@ class QuantizedFunction:
         """Collects what the ranges of activations need; arguments as for `QuantizedLinen.observe`."""
 
         def step(own: Any, args: tuple) -> tuple[dict[str, Any], Plan]:
-            return _observe(self._call(own, args, kwargs), self.recipe)
+            return observe_call(self._call(own, args, kwargs), self.recipe)
 
-        return _calibration(step, self._split(params)[0], batches, start, progress)
+        return calibrate_over(step, self._split(params)[0], batches, start, progress)
 
     def calibrate(
         self, params: Variables, batches: Iterable[Any] | Calibration, *, progress: bool = True, **kwargs: Any
@@ -686,7 +309,7 @@ class QuantizedFunction:
         """`{"params": params, "quant_stats": ..., "quant": ...}`; arguments as for `QuantizedLinen.calibrate`."""
         if not isinstance(batches, Calibration):
             batches = self.observe(params, batches, progress=progress, **kwargs)
-        return {"params": self._split(params)[0], **_calibrated(batches, self.recipe)}
+        return {"params": self._split(params)[0], **calibrated(batches, self.recipe)}
 
 
 def _is_nnx(value: Any) -> bool:
@@ -756,7 +379,7 @@ class QuantizedNNX(nnx.Module):
         self.ranges = Ranges()
         self.use_running_average = True
 
-    def _call(self, args: tuple, kwargs: dict[str, Any], method: Any) -> tuple[_Call, Callable[[Any], None]]:
+    def _call(self, args: tuple, kwargs: dict[str, Any], method: Any) -> tuple[Call, Callable[[Any], None]]:
         """The call, whose results are the method's and the state after it, and a function that keeps that state.
 
         NNX objects among the arguments (`rngs=`) have state too.
@@ -783,7 +406,7 @@ class QuantizedNNX(nnx.Module):
             return out, [[variable.get_value() for _, _, variable in state] for state in kept]
 
         first, *others = [{name: variable.get_value() for name, _, variable in state} for state in states]
-        call = _Call(
+        call = Call(
             fn,
             (first, [leaf for leaf in leaves if not _is_nnx(leaf)], others),
             is_param=lambda path: path[0].idx == 0 and path[1].key in params,
@@ -807,17 +430,17 @@ class QuantizedNNX(nnx.Module):
         """
         return self._execute(*self._call(args, kwargs, method))
 
-    def _execute(self, call: _Call, keep: Callable[[Any], None]) -> Any:
+    def _execute(self, call: Call, keep: Callable[[Any], None]) -> Any:
         collections = self.ranges.collections()
-        (out, values), after = _run(call, self.recipe, _take_ranges(collections, not self.use_running_average)[1])
+        (out, values), after = run_call(call, self.recipe, take_ranges(collections, not self.use_running_average)[1])
         keep(values)
         if after.update:
-            self.ranges.keep({KEPT: _kept(collections, after)})
+            self.ranges.keep({KEPT: kept_after(collections, after)})
         return out
 
     def plan(self, *args: Any, method: Any = None, **kwargs: Any) -> Plan:
         """Every parameter with its format, or why it stays float; arguments as for a call."""
-        return _plan(self._call(args, kwargs, method)[0], self.recipe)
+        return plan_call(self._call(args, kwargs, method)[0], self.recipe)
 
     def convert(
         self, *args: Any, calibration: Iterable[Any] | None = None, method: Any = None, **kwargs: Any
@@ -829,12 +452,12 @@ class QuantizedNNX(nnx.Module):
         collections = self.ranges.collections()
         if calibration is not None:
             seen = self.observe(calibration, progress=False, method=method, **kwargs)
-            collections = _calibrated(seen, self.recipe)
-        known = _take_ranges(collections)[1].known
+            collections = calibrated(seen, self.recipe)
+        known = take_ranges(collections)[1].known
         call, _ = self._call(args, kwargs, method)
-        packed, caches = _convert(call, self.recipe, known), _convert_caches(call, self.recipe)
+        packed, caches = convert_call(call, self.recipe, known), convert_caches(call, self.recipe)
         out = QuantizedNNX(with_nnx_values(self.model, {**packed, **caches}), self.recipe)
-        out.ranges.keep(_ranges_of(collections))
+        out.ranges.keep(ranges_of(collections))
         return out
 
     def observe(
@@ -854,9 +477,9 @@ class QuantizedNNX(nnx.Module):
 
         def step(state: Any, args: tuple) -> tuple[dict[str, Any], Plan]:
             module = nnx.merge(graph, state)
-            return _observe(module._call(args, kwargs, method)[0], module.recipe)
+            return observe_call(module._call(args, kwargs, method)[0], module.recipe)
 
-        return _calibration(step, state, batches, start, progress)
+        return calibrate_over(step, state, batches, start, progress)
 
     def calibrate(
         self, batches: Iterable[Any] | Calibration, *, progress: bool = True, method: Any = None, **kwargs: Any
@@ -867,7 +490,7 @@ class QuantizedNNX(nnx.Module):
         """
         if not isinstance(batches, Calibration):
             batches = self.observe(batches, progress=progress, method=method, **kwargs)
-        self.ranges.keep(_calibrated(batches, self.recipe))
+        self.ranges.keep(calibrated(batches, self.recipe))
         return self
 
 

@@ -679,6 +679,17 @@ def test_zero_caches_from_shapes(decoder):
         assert a.dtype == b.dtype
 
 
+def test_packed_caches_are_not_saved(decoder, tmp_path):
+    module, variables = decoder
+    q = qjax.quantize(module, KEEP, kv_cache="int8")
+    packed = q.convert(variables, TOKENS[:, :1], mutable=["cache"])
+    with pytest.raises(TypeError, match="'cache/layers/keys' is a packed key-value cache"):
+        qjax.save(tmp_path / "model", q, packed)
+    qjax.save(tmp_path / "model", q, {"params": packed["params"]})
+    restored, _ = qjax.restore(tmp_path / "model", module)
+    assert restored.recipe.kv_cache == q.recipe.kv_cache
+
+
 def test_rules_that_do_nothing_are_errors(decoder):
     module, variables = decoder
     with pytest.raises(PlanError, match="matches no float state of this call, which has cache/layers/keys"):
