@@ -146,7 +146,7 @@ HEADER = ("recipe", "tool", "training", "KL (nats)", "top-1", "bits/byte", "trai
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=40, help="of fine-tuning (%(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="of fine-tuning (%(default)s)")
     parser.add_argument("--batches", type=int, default=8, help="of 8 windows of 256 held-out bytes (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="of timing (%(default)s)")
     parser.add_argument("--out", type=Path, default=TARGET, help="file to write (%(default)s)")
