@@ -43,9 +43,9 @@ class MinMax:
 class MovingAverage:
     """The average of each batch's extremes, later batches weighing more; training goes on updating it.
 
-    After a batch with extremes e the average is `decay * average + (1 - decay) * e` (arXiv 1712.05877, section 3.1),
-    where `decay` starts at 0 and rises with the number of batches n as `min(decay, n / (n + 10))`, so that the first
-    batches do not count for ever.
+    After a batch with extremes e the sum is `decay * sum + (1 - decay) * e` (arXiv 1712.05877, section 3.1), and the
+    average is the sum over the weights that went into it, `1 - decay**n` after n batches: the bias correction of Adam,
+    so that the first batches do not count for ever.
     """
 
     decay: float = 0.99
@@ -118,6 +118,8 @@ class ActSpec:
         per: "token": one scale for each element that the product does not contract (a row of a matrix, an example of
             an image batch); only a dynamic range can have it. "tensor": one scale.
         zero_point: integers only: the range need not be symmetric about 0.
+        dynamic_above: calibrated ranges only: an input whose squared error, in the values that calibration saw, is
+            more than this many times that of a scale for each token has such scales instead. None for never.
 
     Raises:
         ValueError: a combination that has no meaning.
@@ -127,6 +129,7 @@ class ActSpec:
     range: Range = Dynamic()
     per: Literal["token", "tensor"] = "token"
     zero_point: bool = False
+    dynamic_above: float | int | None = None
 
     def __post_init__(self) -> None:
         """Checks the combination."""
@@ -142,6 +145,12 @@ class ActSpec:
             raise ValueError(f"qjax: {self.format} has no zero point: its values are fixed.")
         if isinstance(self.range, LearnedStep | LearnedClip) and self.format.kind != "int":
             raise ValueError(f"qjax: learned ranges are for integer formats, not for {self.format}.")
+        if self.dynamic_above is not None and (self.is_dynamic or self.is_learned):
+            raise ValueError(
+                "qjax: dynamic_above is for ranges that calibration finds, not for dynamic or learned ones."
+            )
+        if self.dynamic_above is not None and not self.dynamic_above > 0:
+            raise ValueError(f"qjax: dynamic_above={self.dynamic_above} is a ratio of errors: give a number above 0.")
 
     @property
     def is_dynamic(self) -> bool:
@@ -152,6 +161,11 @@ class ActSpec:
     def is_learned(self) -> bool:
         """Whether the range is a trainable parameter."""
         return isinstance(self.range, LearnedStep | LearnedClip)
+
+    @property
+    def by_token(self) -> ActSpec:
+        """The same format with a dynamic scale for each token."""
+        return ActSpec(self.format, Dynamic(), "token", self.zero_point)
 
     def __str__(self) -> str:
         """Short form for tables: `int8/token`, `int8z/tensor mse`."""
@@ -167,6 +181,7 @@ class ActSpec:
             "range": {"name": name, **dataclasses.asdict(self.range)},
             "per": self.per,
             "zero_point": self.zero_point,
+            **({} if self.dynamic_above is None else {"dynamic_above": self.dynamic_above}),
         }
 
     @staticmethod
@@ -180,7 +195,13 @@ class ActSpec:
         name = fields.pop("name")
         if data["format"] not in FORMATS or name not in _RANGES:
             raise ValueError(f"qjax: this version does not know activations of {data['format']!r} with range {name!r}.")
-        return ActSpec(FORMATS[data["format"]], _RANGES[name](**fields), data["per"], bool(data["zero_point"]))
+        return ActSpec(
+            FORMATS[data["format"]],
+            _RANGES[name](**fields),
+            data["per"],
+            bool(data["zero_point"]),
+            data.get("dynamic_above"),
+        )
 
 
 # --- Numerics --------------------------------------------------------------------------------------------------

@@ -92,7 +92,8 @@ def _tap(site: QuantizedSite, values: list[Any], scope: Scope) -> None:
         key = ("tapped", entering.range)
         if entering.range is not None and key not in scope.memo:
             scope.memo[key] = True
-            scope.tap(entering.range, observe.observe(as_float(values[entering.operand]), site.spec), site.loops)
+            seen = observe.observe(as_float(values[entering.operand]), site.spec, entering.axes)
+            scope.tap(entering.range, seen, site.loops)
 
 
 # --- Products ------------------------------------------------------------------------------------------------------

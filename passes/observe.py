@@ -48,6 +48,7 @@ class Statistic:
         limit: the upper end of the histogram, a power of two; 0 before anything was seen.
         counts: `(*stack, 2, BINS)`, how many values of each sign fell into each bin; None where not needed.
         finite: whether every value was finite.
+        token_error: the sum of squared errors that a dynamic scale for each token would make; None where not needed.
     """
 
     low: Any
@@ -58,6 +59,7 @@ class Statistic:
     limit: Any
     counts: Any
     finite: Any
+    token_error: Any = None
 
     def nothing(self) -> Statistic:
         """The statistic of no values, shaped like this one: the identity of `merge` and `follow`."""
@@ -81,6 +83,7 @@ class Statistic:
             "limit": limit,
             "counts": counts,
             "finite": self.finite & other.finite,
+            "token_error": None if self.token_error is None else self.token_error + other.token_error,
         }
 
     def merge(self, other: Statistic) -> Statistic:
@@ -129,12 +132,13 @@ def _rebin(counts: Any, limit: Any, wider: Any) -> Array:
     return jax.vmap(lambda c, i: jnp.zeros_like(c).at[i].add(c))(flat, index).reshape(counts.shape)
 
 
-def observe(x: Float[Array, "*S"], spec: ActSpec, keep: Sequence[int] = ()) -> Statistic:
+def observe(x: Float[Array, "*S"], spec: ActSpec, axes: Sequence[int], keep: Sequence[int] = ()) -> Statistic:
     """What one batch shows of an activation.
 
     Args:
         x: the activation.
-        spec: says whether its range needs a histogram.
+        spec: says what its range needs beside the extremes.
+        axes: those that the product contracts: a token has its values along them.
         keep: axes that are observed apart, for statistics per channel or per token; the others are reduced.
     """
     x = lax.stop_gradient(x).astype(jnp.float32)
@@ -142,8 +146,9 @@ def observe(x: Float[Array, "*S"], spec: ActSpec, keep: Sequence[int] = ()) -> S
     over = tuple(i for i in range(x.ndim) if i not in keep)
     x = jnp.where(finite, x, 0.0)
     low, high = jnp.min(x, over, initial=jnp.inf), jnp.max(x, over, initial=-jnp.inf)
-    limit, counts = jnp.zeros_like(low), None
-    if isinstance(spec.range, Percentile | MseRange | EntropyRange | LearnedStep):
+    limit, counts, token_error = jnp.zeros_like(low), None, None
+    compared = spec.dynamic_above is not None
+    if compared or isinstance(spec.range, Percentile | MseRange | EntropyRange | LearnedStep):
         if keep:
             raise ValueError("qjax: histograms are kept per tensor: statistics per channel or token are extremes.")
         largest = jnp.maximum(jnp.maximum(-low, high), 2.0**-100)
@@ -152,8 +157,11 @@ def observe(x: Float[Array, "*S"], spec: ActSpec, keep: Sequence[int] = ()) -> S
         bins = jnp.clip(jnp.floor(jnp.abs(x) * (BINS / limit)), 0, BINS - 1).astype(jnp.int32)
         bins = jnp.where(x < 0, 0, BINS) + bins
         counts = jnp.zeros((2 * BINS,), jnp.float32).at[bins.reshape(-1)].add(1.0).reshape(2, BINS)
+    if compared:
+        value = activations.quantize(x, spec.by_token, axes).dequantize(spec.format, jnp.float32)
+        token_error = jnp.sum((value - x) ** 2)
     weight = jnp.ones_like(low)
-    return Statistic(low, high, low, high, weight, limit, counts, jnp.all(finite, over))
+    return Statistic(low, high, low, high, weight, limit, counts, jnp.all(finite, over), token_error)
 
 
 # --- From a statistic to a range ---------------------------------------------------------------------------------
@@ -180,6 +188,21 @@ def extremes(statistic: Statistic, spec: ActSpec) -> tuple[np.ndarray, np.ndarra
         ends.append((max(found[0], float(lo)), min(found[1], float(hi))))
     both = np.asarray(ends, np.float32)
     return both[:, 0].reshape(low.shape), both[:, 1].reshape(low.shape)
+
+
+def error_over_dynamic(statistic: Statistic, low: np.ndarray, high: np.ndarray, spec: ActSpec) -> float:
+    """Squared error of the range `low` to `high` over that of scales by token; of stacked layers, the worst one's."""
+    counts = np.asarray(statistic.counts, np.float64).reshape(-1, 2, BINS)
+    ends = zip(counts, *(np.asarray(a, np.float64).reshape(-1) for a in (statistic.limit, low, high)), strict=True)
+    by_token = np.asarray(statistic.token_error, np.float64).reshape(-1)
+    ratios = []
+    for (c, limit, lo, hi), least in zip(ends, by_token, strict=True):
+        # In units of the limit, as in `_least_error`.
+        values, weights = jnp.asarray(_centres(1.0).reshape(-1), jnp.float32), jnp.asarray(c.reshape(-1), jnp.float32)
+        one = [jnp.asarray([end / limit], jnp.float32) for end in (min(lo, 0.0), max(hi, 0.0))]
+        error = float(_errors(values, weights, *one, spec=spec)[0]) * limit**2
+        ratios.append(error / least if least else 1.0)  # no error: nothing but zeros, or values of the grid itself
+    return max(ratios)
 
 
 def _percentile(counts: np.ndarray, limit: float, percent: float, spec: ActSpec) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
@@ -385,6 +385,43 @@ def make_plan(sites: Sites, rules: Sequence[Rule], *, strict: bool = True) -> Pl
     order = {site.address: i for i, site in enumerate([*sites.sites, *sites.unweighted])}
     quantized = sorted(maker.quantized, key=lambda site: order[site.address])
     return Plan((*entries, *folds), tuple(matmuls), tuple(maker.name_ranges(quantized)))
+
+
+def with_dynamic(plan: Plan, ranges: Mapping[str, float | None]) -> Plan:
+    """The plan in which inputs that a calibrated range does not serve have dynamic scales for each token.
+
+    Args:
+        plan: of `make_plan`.
+        ranges: names of such ranges, and how many times the error of those scales theirs was, if that is known.
+    """
+    sites: list[QuantizedSite] = []
+    notes: dict[str, list[str]] = {}
+    for site in plan.sites:
+        given_up = [ranges[i.range] for i in site.inputs if i.range is not None and i.range in ranges]
+        if given_up:
+            worst = max((ratio for ratio in given_up if ratio is not None), default=None)
+            why = "dynamic: calibration found no range for its input"
+            if worst is not None:
+                why = f"dynamic: one range for its input had {worst:.1f}x the error"
+            inputs = tuple(dataclasses.replace(i, range=None) for i in site.inputs)
+            site = dataclasses.replace(site, spec=site.spec.by_token, inputs=inputs)
+            notes.setdefault(site.name.partition("#")[0], []).append(why)
+        sites.append(site)
+
+    def entry(e: Entry) -> Entry:
+        if e.name not in notes:
+            return e
+        specs = {site.spec for site in sites if site.name.partition("#")[0] == e.name}
+        reason = "; ".join(filter(None, [e.reason, *dict.fromkeys(notes[e.name])]))
+        return dataclasses.replace(e, activations=max(specs, key=lambda spec: spec.is_dynamic), reason=reason)
+
+    def matmul(what: str, done: str) -> tuple[str, str]:
+        name = what.partition(" ")[0]
+        spec = next((site.spec for site in sites if site.name == name), None)
+        return what, done if name not in notes else "; ".join([f"both inputs {spec}", *notes[name]])
+
+    entries, unweighted = tuple(map(entry, plan.entries)), tuple(matmul(*u) for u in plan.unweighted)
+    return dataclasses.replace(plan, entries=entries, unweighted=unweighted, sites=tuple(sites))
 
 
 class _Planner:

@@ -23,7 +23,7 @@ from pallas_kernels.qtensor import quantize as pack
 from passes import control_flow, integer, lower
 from passes.batch_norm import fold_batch_norm
 from passes.kv_cache import NO_CACHES, plan_caches, plan_given
-from passes.plan import Entry, Plan, PlanError, make_plan
+from passes.plan import Entry, Plan, PlanError, make_plan, with_dynamic
 from passes.replay import Absorbed, FoldValue, Ref, replay
 from passes.sites import Sites, evaluate_fold, find_sites
 from passes.trace import Program, path_name, trace
@@ -39,6 +39,7 @@ from qjax.ranges import (
     flatten,
     moved,
     nest,
+    not_served,
     specs_of,
 )
 from qjax.ranges import check as check_ranges
@@ -136,8 +137,13 @@ class Compiled:
     params: dict[str, Any]  # parameters, and the state that a folded normalisation reads
 
 
-def compile_call(call: Call, recipe: Recipe, *, strict: bool, deciding: bool = True) -> Compiled:
-    """Traces a call and decides; with `deciding` False nothing about caches that are not packed."""
+def compile_call(
+    call: Call, recipe: Recipe, *, strict: bool, ranges: Flat | None = None, deciding: bool = True
+) -> Compiled:
+    """Traces a call and decides; with `deciding` False nothing about caches that are not packed.
+
+    `ranges` are those of the variables: the inputs that calibration found none for are dynamic.
+    """
     program = call.trace()
     known: dict[str, Any] = {}
     norms: list[tuple[str, str]] = []
@@ -150,7 +156,8 @@ def compile_call(call: Call, recipe: Recipe, *, strict: bool, deciding: bool = T
         if strict and not norms:
             raise PlanError("qjax: fold_batch_norm=True, but this call has no batch normalisation. Leave it out.")
     sites = find_sites(program, frozenset(known))
-    plan = dataclasses.replace(make_plan(sites, recipe.rules, strict=strict), norms=tuple(norms))
+    plan = with_dynamic(make_plan(sites, recipe.rules, strict=strict), not_served(ranges or {}))
+    plan = dataclasses.replace(plan, norms=tuple(norms))
     state = zip(call.state_paths, call.leaves, strict=True)
     given = {name: leaf for name, leaf in state if name is not None and isinstance(leaf, QCache)}
     if given:
@@ -162,9 +169,9 @@ def compile_call(call: Call, recipe: Recipe, *, strict: bool, deciding: bool = T
     return Compiled(program, sites, plan, {**known, **params})
 
 
-def plan_call(call: Call, recipe: Recipe) -> Plan:
+def plan_call(call: Call, recipe: Recipe, ranges: Flat) -> Plan:
     """What the recipe decides about a call."""
-    return compile_call(call, recipe, strict=recipe.strict).plan
+    return compile_call(call, recipe, strict=recipe.strict, ranges=ranges).plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +191,7 @@ def run_call(call: Call, recipe: Recipe, ranges: CallRanges) -> tuple[Any, CallR
     training = any(not is_packed(leaf) for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None)
     if training:
         recipe.check_patterns([path for path in call.paths if path is not None])
-    compiled = compile_call(call, recipe, strict=False, deciding=False)
+    compiled = compile_call(call, recipe, strict=False, ranges=ranges.known, deciding=False)
     plan = compiled.plan
     check_ranges(plan, ranges.known)
     packed = any(is_packed(leaf) for leaf in compiled.params.values())
@@ -282,7 +289,7 @@ def _fold_values(compiled: Compiled, simulated: Callable[[Any, Entry], tuple[Any
 
 def convert_call(call: Call, recipe: Recipe, ranges: Flat) -> dict[str, Any]:
     """The packed form of every parameter that the plan quantizes, by path."""
-    compiled = compile_call(call, recipe, strict=recipe.strict)
+    compiled = compile_call(call, recipe, strict=recipe.strict, ranges=ranges)
     sites, plan = compiled.sites, compiled.plan
     check_ranges(plan, ranges)
     params = compiled.params
@@ -343,6 +350,28 @@ def observe_call(call: Call, recipe: Recipe) -> tuple[dict[str, Any], Plan]:
     return replay(compiled.program, values, rules={}, at=at)[1], compiled.plan
 
 
+def jit_batches(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn(*trees, arguments)` as a function of `(*trees, batch)`, compiled once for each shape of batch.
+
+    A batch is a tuple of arguments, or the only one. Flags and the like in it are part of the program, as they are for
+    `apply`: a traced one could not be branched on.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(2, 3))
+    def run(trees: tuple, arrays: list[Any], static: tuple, tree: Any) -> Any:
+        rest, fixed = iter(arrays), dict(static)
+        leaves = [fixed[i] if i in fixed else next(rest) for i in range(tree.num_leaves)]
+        return fn(*trees, jax.tree.unflatten(tree, leaves))
+
+    def of_batch(*trees_and_batch: Any) -> Any:
+        *trees, batch = trees_and_batch
+        leaves, tree = jax.tree.flatten(arguments(batch))
+        static = tuple((i, leaf) for i, leaf in enumerate(leaves) if not is_array(leaf))
+        return run(tuple(trees), [leaf for leaf in leaves if is_array(leaf)], static, tree)
+
+    return of_batch
+
+
 def calibrate_over(
     step: Callable[[Any, tuple], tuple[dict[str, Any], Plan]],
     variables: Any,
@@ -355,11 +384,9 @@ def calibrate_over(
     total: Any = None if start is None else start.statistics
     count = 0 if start is None else start.batches
 
-    @functools.partial(jax.jit, static_argnums=(3, 4))
-    def update(variables: Any, total: Any, arrays: list[Any], static: tuple, tree: Any) -> Any:
-        rest, fixed = iter(arrays), dict(static)
-        leaves = [fixed[i] if i in fixed else next(rest) for i in range(tree.num_leaves)]
-        seen, plan = step(variables, jax.tree.unflatten(tree, leaves))
+    @jit_batches
+    def update(variables: Any, total: Any, args: tuple) -> Any:
+        seen, plan = step(variables, args)
         found = specs_of(plan)
         if specs and specs != found:
             raise ValueError("qjax: this calibration was begun with another model or recipe.")
@@ -369,10 +396,7 @@ def calibrate_over(
         return {name: before[name].follow(s, decays[name]) for name, s in seen.items()}
 
     for batch in counted(batches, progress):
-        leaves, tree = jax.tree.flatten(arguments(batch))
-        arrays = [leaf for leaf in leaves if is_array(leaf)]
-        static = tuple((i, leaf) for i, leaf in enumerate(leaves) if not is_array(leaf))
-        total = update(variables, total, arrays, static, tree)
+        total = update(variables, total, batch)
         count += 1
     return Calibration(jax.device_get(total or {}), specs, count)
 

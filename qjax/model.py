@@ -154,7 +154,8 @@ class QuantizedLinen:
         """
         self._check(variables)
         how = {"rngs": rngs, "method": method, "mutable": mutable}
-        return plan_call(self._call(take_ranges(variables)[0], args, kwargs, how), self.recipe)
+        own, ranges = take_ranges(variables)
+        return plan_call(self._call(own, args, kwargs, how), self.recipe, ranges.known)
 
     def convert(
         self,
@@ -273,7 +274,8 @@ class QuantizedFunction:
 
     def plan(self, params: Variables, *args: Any, **kwargs: Any) -> Plan:
         """Every parameter with its format, or why it stays float; arguments as for `apply`."""
-        return plan_call(self._call(self._split(params)[0], args, kwargs), self.recipe)
+        own, ranges = self._split(params)
+        return plan_call(self._call(own, args, kwargs), self.recipe, take_ranges(ranges)[1].known)
 
     def convert(
         self, params: Variables, *args: Any, calibration: Iterable[Any] | None = None, **kwargs: Any
@@ -355,12 +357,16 @@ class Ranges(nnx.Module):
         return {KEPT: {**nest(found[KEPT]), **steps}, LEARNED: nest(found[LEARNED])}
 
     def keep(self, collections: Mapping[str, Any]) -> None:
-        """Takes over collections."""
+        """Takes over collections, in the place of all that there is."""
+        values = {}
         for collection in (KEPT, LEARNED):
             tree = collections.get(collection) or {}
             named = {f"{name}/{part}": a for name, arrays in flatten(tree).items() for part, a in arrays.items()}
             named |= {STEP: tree[STEP]} if STEP in tree else {}
-            self.set({f"{collection}/{name}": value for name, value in named.items()})
+            values |= {f"{collection}/{name}": value for name, value in named.items()}
+        for stale in set(self.values()) - set(values):
+            delattr(self, stale)
+        self.set(values)
 
 
 class QuantizedNNX(nnx.Module):
@@ -435,12 +441,13 @@ class QuantizedNNX(nnx.Module):
         (out, values), after = run_call(call, self.recipe, take_ranges(collections, not self.use_running_average)[1])
         keep(values)
         if after.update:
-            self.ranges.keep({KEPT: kept_after(collections, after)})
+            self.ranges.keep({**collections, KEPT: kept_after(collections, after)})
         return out
 
     def plan(self, *args: Any, method: Any = None, **kwargs: Any) -> Plan:
         """Every parameter with its format, or why it stays float; arguments as for a call."""
-        return plan_call(self._call(args, kwargs, method)[0], self.recipe)
+        known = take_ranges(self.ranges.collections())[1].known
+        return plan_call(self._call(args, kwargs, method)[0], self.recipe, known)
 
     def convert(
         self, *args: Any, calibration: Iterable[Any] | None = None, method: Any = None, **kwargs: Any

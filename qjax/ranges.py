@@ -3,7 +3,8 @@
 They live beside the parameters, as batch statistics do: `quant_stats` holds what calibration found and training
 averages, `quant` what an optimizer trains. Each is a nested dict like `params`; at the path of the parameter that the
 input is multiplied with stand its arrays (`low` and `high`, `step`, or `clip`), with a leading axis for each layer
-scan.
+scan. Where calibration found that one range does not serve an input, there stands only `dynamic`: how many times the
+error of a scale for each token its own was.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels import activations
 from pallas_kernels.activations import ActSpec, MovingAverage
-from passes.observe import Statistic, extremes
+from passes.observe import Statistic, error_over_dynamic, extremes
 from passes.plan import Plan
 
 LEARNED, KEPT = "quant", "quant_stats"
 """Names of the two collections."""
+DYNAMIC = "dynamic"
+"""In the place of a range's arrays: the input has dynamic scales instead."""
 STEP = "step"
 """In `quant_stats`: training steps taken so far, where the recipe has a schedule."""
 
@@ -58,18 +62,27 @@ class Schedule:
 _PARTS = re.compile(r"/(?![^{]*\})")
 
 
+def not_served(ranges: Flat) -> dict[str, float | None]:
+    """The ranges that calibration gave up, for `passes.plan.with_dynamic`."""
+
+    def known(ratio: Any) -> float | None:
+        return None if isinstance(ratio, Tracer | jax.ShapeDtypeStruct) else float(ratio)
+
+    return {name: known(arrays[DYNAMIC]) for name, arrays in ranges.items() if DYNAMIC in arrays}
+
+
 def specs_of(plan: Plan) -> dict[str, ActSpec]:
     """The spec of every range that a plan keeps, by name."""
     return {i.range: site.spec for site in plan.sites for i in site.inputs if i.range is not None}
 
 
 def flatten(*collections: Any) -> Flat:
-    """The ranges of nested collections, by name."""
+    """The arrays of nested collections, by the name of what they belong to."""
     out: Flat = {}
 
     def walk(tree: Any, path: tuple[str, ...]) -> None:
         if not isinstance(tree, Mapping):
-            raise TypeError(f"qjax: {'/'.join(path)!r} in '{LEARNED}' or '{KEPT}' is no dict of arrays: {tree!r}.")
+            raise TypeError(f"qjax: {'/'.join(path) or 'a collection'!r} should be a dict of arrays, but is {tree!r}.")
         parts = {k: v for k, v in tree.items() if not isinstance(v, Mapping)}
         if parts and path:
             out.setdefault("/".join(path), {}).update(parts)
@@ -177,6 +190,11 @@ class Calibration:
                     "branch. Calibrate with batches that reach it, or give it a dynamic range."
                 )
             low, high = extremes(statistic, spec)
+            if spec.dynamic_above is not None:
+                ratio = error_over_dynamic(statistic, low, high, spec)
+                if ratio > spec.dynamic_above:
+                    kept[name] = {DYNAMIC: jnp.asarray(ratio, jnp.float32)}
+                    continue
             arrays = activations.ranges_from_extremes(low, high, spec)
             if isinstance(spec.range, MovingAverage):
                 arrays["weight"] = jnp.asarray(statistic.weight, jnp.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -18,9 +17,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from qjax.call import jit_batches
 from qjax.model import QuantizedLinen, QuantizedNNX
-
-_ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +127,8 @@ def compare(
     float_tree, run_float = _bind(model, variables, method, rngs, kwargs)
     quantized_tree, run_quantized = _bind(q, packed, method, rngs, kwargs)
 
-    @functools.partial(jax.jit, static_argnums=(3, 4))
-    def measure(float_tree: Any, quantized_tree: Any, arrays: list[Any], static: tuple, tree: Any) -> tuple[_Rows, Any]:
-        rest, fixed = iter(arrays), dict(static)
-        leaves = [fixed[i] if i in fixed else next(rest) for i in range(tree.num_leaves)]
-        args = jax.tree.unflatten(tree, leaves)
+    @jit_batches
+    def measure(float_tree: Any, quantized_tree: Any, args: tuple) -> tuple[_Rows, Any]:
         outputs = run_float(float_tree, args), run_quantized(quantized_tree, args)
         rows = _measure(*outputs, logits)
         scores = None if score is None else jnp.stack([jnp.asarray(score(out, *args)) for out in outputs])
@@ -141,11 +136,7 @@ def compare(
 
     total, scores, count = _Total(), [], 0
     for batch in batches:
-        leaves, tree = jax.tree.flatten(batch if isinstance(batch, tuple) else (batch,))
-        arrays = [leaf for leaf in leaves if isinstance(leaf, _ARRAYS)]
-        # Flags and the like are part of the call, as they are for `apply`; a traced one could not be branched on.
-        static = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, _ARRAYS))
-        rows, scored = jax.device_get(measure(float_tree, quantized_tree, arrays, static, tree))
+        rows, scored = jax.device_get(measure(float_tree, quantized_tree, batch))
         for whose, nan in (("float", rows.float_nan), ("quantized", rows.quantized_nan)):
             if nan:
                 raise ValueError(f"qjax: the {whose} model gives NaN in batch {count} (counted from 0).")

@@ -12,8 +12,6 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from timing import medians
 
 from pallas_kernels.activations import ActSpec, quantize
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
@@ -48,18 +47,6 @@ WEIGHTS: dict[str, tuple[int, Any, Literal["kn", "nk"], bool | None]] = {
 }
 
 Cell = tuple[float, float]  # median milliseconds, and ratio to float32
-
-
-def medians(programs: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """Median seconds of each program, in turns, so that all of them see the same other load."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for run in range(runs + 1):  # the first run compiles and is not counted
-        for name, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program())
-            if run:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def integer_layer(x: jax.Array, w: QTensor, spec: ActSpec) -> jax.Array:

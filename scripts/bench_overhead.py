@@ -17,8 +17,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.table import Table
+from timing import medians
 
 import qjax
 from pallas_kernels.matmul import quantized_matmul
@@ -63,18 +62,6 @@ class Row:
         else:
             verdict = f"<= {self.goal:.2f} " + ("met" if self.ratio <= self.goal else "missed")
         return self.what, f"{self.seconds * 1e3:.2f}", f"{self.ratio:.2f}", verdict
-
-
-def medians(programs: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """Median seconds of each program, in turns, so that all of them see the same other load."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for run in range(runs + 1):  # the first run compiles and is not counted
-        for name, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program())
-            if run:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def rows(

@@ -182,6 +182,8 @@ def test_sites_that_share_an_input_share_its_range():
         (lambda: qjax.dynamic("int9"), "no format named"),
         (lambda: qjax.Percentile(20), "above 50"),
         (lambda: qjax.MovingAverage(1.0), r"\[0, 1\)"),
+        (lambda: qjax.static(dynamic_above=0), "ratio of errors"),
+        (lambda: qjax.ActSpec(qjax.dynamic().format, dynamic_above=5), "calibration finds"),
         (lambda: qjax.Schedule(start=-1), "counted from 0"),
     ],
 )
@@ -226,7 +228,7 @@ def test_missing_ranges_are_an_error():
 def histogram(x: np.ndarray, spec: qjax.ActSpec) -> observe.Statistic:
     total = None
     for part in np.array_split(x, 5):
-        seen = observe.observe(jnp.asarray(part), spec)
+        seen = observe.observe(jnp.asarray(part), spec, (0,))
         total = seen if total is None else total.follow(seen, 0.0)
     assert total is not None
     return total
@@ -276,7 +278,7 @@ def test_entropy_range_clips_outliers_and_keeps_a_bell():
 def test_histograms_merge_exactly():
     spec = qjax.static(observer=qjax.Percentile(99.0))
     parts = [RNG.normal(size=500).astype(np.float32) * s for s in (1.0, 300.0, 0.01, 7.0)]
-    seen = [observe.observe(jnp.asarray(part), spec) for part in parts]
+    seen = [observe.observe(jnp.asarray(part), spec, (0,)) for part in parts]
     left = seen[0].combine(seen[1]).combine(seen[2].combine(seen[3]))
     right = seen[3].combine(seen[2]).combine(seen[1]).combine(seen[0])
     np.testing.assert_array_equal(left.counts, right.counts)
@@ -292,9 +294,85 @@ def test_histograms_merge_exactly():
 @pytest.mark.parametrize("keep", [(1,), (0,)])
 def test_extremes_per_channel_and_per_token(keep: tuple[int, ...]):
     x = RNG.normal(size=(7, 5)).astype(np.float32)
-    seen = observe.observe(jnp.asarray(x), MIN_MAX, keep)
+    seen = observe.observe(jnp.asarray(x), MIN_MAX, (1,), keep)
     np.testing.assert_array_equal(seen.low, x.min(axis=1 - keep[0]))
     np.testing.assert_array_equal(seen.high, x.max(axis=1 - keep[0]))
+
+
+# --- Inputs that one range does not serve ---------------------------------------------------------------------------
+
+UNLESS = qjax.static(observer=qjax.MinMax(), dynamic_above=5)
+LOUD = jnp.asarray(10.0 ** np.linspace(-2, 1, 32)[:, None], jnp.float32)  # a factor for each token
+
+
+def gated(p, x):
+    return (LOUD * (x @ p["up"])) @ p["down"]
+
+
+def test_an_input_that_one_range_does_not_serve_is_dynamic(tmp_path):
+    params, x = {"up": array(16, 64), "down": array(64, 8)}, array(32, 16)
+    q = qjax.quantize(gated, Rule("**", W8, UNLESS))
+    q.observe(params, [x], progress=False).save(tmp_path / "seen.npz")
+    variables = q.calibrate(params, qjax.Calibration.load(tmp_path / "seen.npz"))
+    assert set(variables["quant_stats"]["up"]) == {"low", "high"}
+    assert set(variables["quant_stats"]["down"]) == {"dynamic"}
+
+    h = LOUD * (x @ params["up"])
+    ends = {"low": jnp.min(h), "high": jnp.max(h)}
+    errors = [
+        np.sum((codes_of(h, spec, (1,), ranges) - np.asarray(h, np.float64)) ** 2)
+        for spec, ranges in ((UNLESS, ends), (qjax.dynamic(zero_point=True), None))
+    ]
+    ratio = float(variables["quant_stats"]["down"]["dynamic"])
+    assert ratio > 5
+    np.testing.assert_allclose(ratio, errors[0] / errors[1], rtol=0.1)  # a histogram knows values to a bin
+
+    plan = q.plan(variables, x)
+    assert plan["up"].activations == UNLESS
+    assert plan["down"].activations == qjax.dynamic(zero_point=True)
+    assert f"{ratio:.1f}x the error" in plan["down"].reason
+    by_hand = qjax.quantize(gated, [Rule("down", W8, qjax.dynamic(zero_point=True)), Rule("**", W8, UNLESS)])
+    other = by_hand.calibrate(params, [x], progress=False)
+    packed = q.convert(variables, x)
+    out = jax.jit(lambda v, s, o, x: (q.apply(v, x), q.apply(s, x), by_hand.apply(o, x)))(variables, packed, other, x)
+    np.testing.assert_array_equal(out[0], out[1])
+    np.testing.assert_array_equal(out[0], out[2])
+
+
+def test_the_worst_of_scanned_layers_decides():
+    params, x = {"w": array(2, 16, 16)}, array(32, 16)
+
+    def fn(p, x, loud):
+        return lax.scan(lambda x, each: (jnp.tanh((x * each[1]) @ each[0]), None), x, (p["w"], loud))[0]
+
+    q = qjax.quantize(fn, Rule("**", W8, UNLESS))
+    quiet, loud = (jnp.stack([jnp.ones_like(LOUD), factor]) for factor in (jnp.ones_like(LOUD), LOUD))
+    served = q.calibrate(params, [(x, quiet)], progress=False)
+    assert served["quant_stats"]["w"]["low"].shape == (2,)
+    variables = q.calibrate(params, [(x, loud)], progress=False)
+    assert q.plan(variables, x, loud)["w"].activations == qjax.dynamic(zero_point=True)
+    by_hand = qjax.quantize(fn, Rule("**", W8, qjax.dynamic(zero_point=True)))
+    out = jax.jit(lambda v, p: (q.apply(v, x, loud), by_hand.apply(p, x, loud)))(variables, params)
+    np.testing.assert_array_equal(*out)
+
+
+def test_an_nnx_module_calibrated_again_forgets_what_it_gave_up():
+    class Gated(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.down = nnx.Linear(16, 8, rngs=rngs)
+
+        def __call__(self, x, loud):
+            return self.down(x * loud)
+
+    q, x = qjax.quantize(Gated(nnx.Rngs(0)), Rule("**", W8, UNLESS)), array(32, 16)
+    q.calibrate([(x, LOUD)], progress=False)
+    assert set(q.ranges.values()) == {"quant_stats/down/kernel/dynamic"}
+    assert q.plan(x, LOUD)["down/kernel"].activations == qjax.dynamic(zero_point=True)
+    packed = q.convert(x, LOUD)
+    out = nnx.jit(lambda a, b, x: (a(x, LOUD), b(x, LOUD)))(q, packed, x)
+    np.testing.assert_array_equal(*out)
+    q.calibrate([(x, jnp.ones_like(LOUD))], progress=False)
+    assert q.plan(x, LOUD)["down/kernel"].activations == UNLESS
 
 
 # --- Calibration -------------------------------------------------------------------------------------------------
