@@ -6,8 +6,9 @@ What it means, for each matrix of the stack, with groups g along K, codes c, zer
     acc[g, m, n] = sum over k in g of  (c_x[m, k] - z_x[m]) * (c_w[k, n] - z_w[g, n])      exact, in integers
 
 `acc` is converted to float32 once; the groups are added in float32 in ascending order, each product rounded before it
-is added; a sum of 0 is +0. So every lowering gives the same bits, and what training simulates is what is served. It has
-no derivative of its own: `passes.integer` gives it the straight-through one.
+is added; a sum of 0 is +0. So every lowering gives the same bits (`partition` says where several devices add groups in
+another order), and what training simulates is what is served. It has no derivative of its own: `passes.integer` gives
+it the straight-through one.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int, Int8
 
-from pallas_kernels import integer_matmul_cpu, numerics, packing
+from pallas_kernels import integer_matmul_cpu, integer_matmul_tpu, numerics, packing, partition
 from pallas_kernels.exact import finite
 from pallas_kernels.formats import PerGroup
 from pallas_kernels.integer_matmul_cpu import rescale
@@ -99,17 +99,20 @@ def matmul_reference(
     whole = k // size
     stack = tuple(range(x.ndim - 2))
     numbers = (((x.ndim - 1,), (x.ndim - 2,)), (stack, stack))
+    # A row of ones gives the column sums of the weight in the same dot, where a reduction would read it once more.
+    rows = x if zero is None else jnp.concatenate([x, jnp.ones_like(x, shape=(*x.shape[:-2], 1, k))], axis=-2)
 
     def group(out: Array, g: Any, size: int) -> Array:
-        cx = lax.dynamic_slice_in_dim(x, g * group_size(w), size, axis=-1)
+        cx = lax.dynamic_slice_in_dim(rows, g * group_size(w), size, axis=-1)
         cw = lax.dynamic_slice_in_dim(codes, g * group_size(w), size, axis=-2)
-        acc = lax.dot_general(cx, cw, numbers, preferred_element_type=jnp.int32)
+        dot = lax.dot_general(cx, cw, numbers, preferred_element_type=jnp.int32)
+        m = x.shape[-2]
+        acc, columns = dot[..., :m, :], dot[..., m:, :]
         zw = None
         if scales.zero is not None:
             zw = lax.dynamic_slice_in_dim(scales.zero, g, 1, axis=-2).astype(jnp.int32)
-            acc -= zw * jnp.sum(cx, axis=-1, keepdims=True, dtype=jnp.int32)
+            acc -= zw * jnp.sum(cx[..., :m, :], axis=-1, keepdims=True, dtype=jnp.int32)
         if zero is not None:
-            columns = jnp.sum(cw, axis=-2, keepdims=True, dtype=jnp.int32)
             acc -= zero.astype(jnp.int32) * (columns if zw is None else columns - size * zw)
         return out + finite(acc.astype(jnp.float32) * lax.dynamic_slice_in_dim(values, g, 1, axis=-2))
 
@@ -131,6 +134,13 @@ def group_size(w: QTensor) -> int:
 
 def _cpu(x: Array, scale: Array, zero: Array | None, w: QTensor, **options: Any) -> Array:
     return integer_matmul_cpu.matmul(x, scale, zero, w, group=group_size(w), **options)
+
+
+def _tpu(x: Array, scale: Array, zero: Array | None, w: QTensor, **options: Any) -> Array:
+    group = group_size(w)
+    if integer_matmul_tpu.unsupported(x.shape, w, group) is not None:
+        return matmul_reference(x, scale, zero, w, **options)
+    return integer_matmul_tpu.matmul(x, scale, zero, w, group=group, **options)
 
 
 def _unflatten(operands: Any, params: dict[str, Any]) -> tuple[Any, Any, Any, QTensor, Any]:
@@ -162,7 +172,7 @@ def _impl(*operands: Array, **params: Any) -> Array:
 @integer_matmul_p.def_abstract_eval
 def _abstract_eval(*operands: Any, **params: Any) -> Any:
     x, _, _, w, _ = _unflatten(operands, params)
-    return ShapedArray((*x.shape[:-1], w.layout.n), params["out_dtype"])
+    return partition.result((*x.shape[:-1], w.layout.n), params["out_dtype"], x, w, indexed=params["indexed"])
 
 
 def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Any]:
@@ -198,5 +208,7 @@ def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
 
 ad.primitive_jvps[integer_matmul_p] = _jvp
 batching.primitive_batchers[integer_matmul_p] = _batch
-mlir.register_lowering(integer_matmul_p, mlir.lower_fun(_with(matmul_reference), multiple_results=False))
-mlir.register_lowering(integer_matmul_p, mlir.lower_fun(_with(_cpu), multiple_results=False), platform="cpu")
+# A kernel is a row: what one device runs on that platform.
+for _platform, _kernel in {None: matmul_reference, "cpu": _cpu, "tpu": _tpu}.items():
+    _rule = partition.lowering(_with(partition.integer_matmul(_kernel)), plain=_with(partition.plain_integer_matmul))
+    mlir.register_lowering(integer_matmul_p, _rule, platform=_platform)

@@ -16,12 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import matmul_cpu, matmul_reference
+from pallas_kernels import matmul_cpu, matmul_reference, matmul_tpu, partition
 from pallas_kernels.qtensor import QTensor
 
 quantized_matmul_p = Primitive("quantized_matmul")
@@ -85,14 +84,12 @@ def _unflatten(leaves: Any, params: dict[str, Any]) -> tuple[QTensor, Any, dict[
     return jax.tree.unflatten(rest.pop("tree"), leaves), layer, rest
 
 
-def _reference(x: Array, *leaves: Array, **params: Any) -> Array:
-    w, layer, rest = _unflatten(leaves, params)
-    return matmul_reference.matmul(x, w, layer=layer, **rest)
+def _with(implementation: Callable[..., Array]) -> Callable[..., Array]:
+    def lowered(x: Array, *leaves: Array, **params: Any) -> Array:
+        w, layer, rest = _unflatten(leaves, params)
+        return implementation(x, w, layer=layer, **rest)
 
-
-def _cpu(x: Array, *leaves: Array, **params: Any) -> Array:
-    w, layer, rest = _unflatten(leaves, params)
-    return matmul_cpu.matmul(x, w, layer=layer, **rest)
+    return lowered
 
 
 @functools.cache
@@ -112,7 +109,8 @@ def _abstract_eval(x: Any, *leaves: Any, **params: Any) -> Any:
     width = w.layout.k if transpose else w.layout.n
     weight_dtype = params["casts"][-1] if params["casts"] else w.dtype
     dtype = preferred or jnp.promote_types(x.dtype, weight_dtype)
-    return ShapedArray((*x.shape[:-1], width), jnp.dtype(dtype))
+    shape, indexed = (*x.shape[:-1], width), params["indexed"]
+    return partition.result(shape, jnp.dtype(dtype), x, w, indexed=indexed, transpose=transpose)
 
 
 def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Any]:
@@ -134,7 +132,7 @@ def _transpose(cotangent: Any, x: Any, *leaves: Any, **params: Any) -> list[Any]
         return [ad.Zero(x.aval)] + [None] * len(leaves)
     params = {**params, "transpose": not params["transpose"], "preferred_element_type": None}
     out = quantized_matmul_p.bind(cotangent, *leaves, **params)
-    return [lax.convert_element_type(out, x.aval.dtype)] + [None] * len(leaves)
+    return [partition.like(lax.convert_element_type(out, x.aval.dtype), x.aval)] + [None] * len(leaves)
 
 
 def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
@@ -162,6 +160,8 @@ def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
 ad.primitive_jvps[quantized_matmul_p] = _jvp
 ad.primitive_transposes[quantized_matmul_p] = _transpose
 batching.primitive_batchers[quantized_matmul_p] = _batch
-# Kernels register beside this one, per platform: mlir.register_lowering(..., platform="tpu").
-mlir.register_lowering(quantized_matmul_p, mlir.lower_fun(_reference, multiple_results=False))
-mlir.register_lowering(quantized_matmul_p, mlir.lower_fun(_cpu, multiple_results=False), platform="cpu")
+# A kernel is a row: what one device runs on that platform.
+_KERNELS = {None: matmul_reference.matmul, "cpu": matmul_cpu.matmul, "tpu": matmul_tpu.matmul}
+for _platform, _kernel in _KERNELS.items():
+    _rule = partition.lowering(_with(partition.matmul(_kernel)), plain=_with(matmul_reference.matmul))
+    mlir.register_lowering(quantized_matmul_p, _rule, platform=_platform)

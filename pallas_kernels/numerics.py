@@ -559,6 +559,8 @@ def check_finite(w: Any, path: str) -> None:
     Raises:
         ValueError: with the parameter's path, how many entries are not finite, the first of them and what to do.
     """
+    if isinstance(w, jax.core.Tracer):  # under `jax.jit` and `jax.eval_shape` there are no values to look at
+        return
     ok = jnp.isfinite(jnp.asarray(w))
     if ok.all():
         return
@@ -574,8 +576,8 @@ def check_finite(w: Any, path: str) -> None:
 # --- Storage ---------------------------------------------------------------------------------------------------
 
 
-def scales_to_arrays(scales: Scales) -> dict[str, Array]:
-    """The arrays that `scales` consists of, by name."""
+def scales_to_arrays(scales: Scales) -> dict[str, Any]:
+    """The arrays that `scales` consists of (or whatever stands in their place in a pytree), by name."""
     arrays = {field.name: getattr(scales, field.name) for field in dataclasses.fields(Scales)}
     return {name: a for name, a in arrays.items() if a is not None}
 

@@ -205,7 +205,8 @@ def _matmul_of_activations(eqn: Any, inputs: list[Activation], spec: ActSpec) ->
         plain = QuantSpec(FORMATS["int8"], PerChannel(), zero_point=zero is not None)
         layout = Layout((((k, "k"),), ((n, "n"),)))
         columns = QTensor(y_columns(y.codes), Scales(of_columns(y.scale), zero), plain, layout, jnp.dtype("float32"))
-        return integer_matmul(*_rows(x, x_rows), columns, out_dtype=out.dtype).reshape(out.shape)
+        product = integer_matmul(*_rows(x, x_rows), columns, out_dtype=out.dtype).reshape(out.shape)
+        return lower.placed(product, eqn)
 
     return exact
 

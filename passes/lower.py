@@ -72,12 +72,18 @@ class DotForm:
     result: Callable[[Array], Array]
 
 
+def placed(out: Array, eqn: Any) -> Array:
+    """The result of a `dot_general` on the devices where the program wants it, if it says so."""
+    sharding = eqn.params.get("out_sharding")
+    return out if sharding is None else jax.sharding.reshard(out, sharding)
+
+
 def dot_form(eqn: Any, ref: Ref, operand: int) -> DotForm | None:
     """How operand `operand`, a packed parameter, is multiplied; None where it was packed for another reading."""
     params = eqn.params
     view, q = ref.view, ref.base
     roles = SITES[prims.dot_general_p][2](eqn, operand)
-    if view.layout(roles) != q.layout or params.get("out_sharding") is not None:
+    if view.layout(roles) != q.layout:
         return None
     contract, batch = params["dimension_numbers"]
     w_contract, x_contract = contract[operand], contract[1 - operand]
@@ -114,7 +120,7 @@ def dot_form(eqn: Any, ref: Ref, operand: int) -> DotForm | None:
         n_back = [nb + nf + n_order.index(i) for i in range(len(n_atoms))]
         x_part = list(range(nb, nb + nf))
         out = out.transpose(*b_back, *(n_back + x_part if operand == 0 else x_part + n_back))
-        return out.reshape(eqn.outvars[0].aval.shape)
+        return placed(out.reshape(eqn.outvars[0].aval.shape), eqn)
 
     return DotForm(*picked, rows, result)
 

@@ -247,8 +247,6 @@ def _ragged_roles(eqn: Any, operand: int) -> tuple[Role, ...] | None:
 
 
 def _dot_contracts(eqn: Any, operand: int) -> tuple[int, ...] | str:
-    if eqn.params.get("out_sharding") is not None:
-        return "the product names an output sharding"
     return tuple(eqn.params["dimension_numbers"][0][operand])
 
 

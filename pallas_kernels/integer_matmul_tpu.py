@@ -1,0 +1,446 @@
+"""`integer_matmul` on TPU: the same bits as `integer_matmul.matmul_reference`, as one Pallas kernel.
+
+    grid    (stack, M / bm, N / bn, K / bk)   the last in order, the others in any
+    x       (bm, bk) int8     a tile of the codes of x
+    words   (rows, bn)        a tile of the packed weight, a window for each plane (`tile_tpu`); unpacked to int8
+    scales  (G, bn)           those of all groups of these columns; held while the tiles along K go by
+    acc     (bm, bn) int32    a sum that takes several tiles
+    total   (bm, bn) float32  the sum over groups
+
+Dots of int8 add up in int32, which is exact, so tiles may be any. A group is converted to float32 once and the groups
+are added in ascending order, as in the reference; the clamp of `exact.finite` stands between product and addition, so
+no compiler can fuse the two into one rounding.
+
+Everything that adds up codes is in that one dot, because the vector unit would have to widen them to int32 first:
+
+* Zero points of x need the sum of each column of the weight: a row of ones under the rows of x, in the padding of M to
+  32 rows where there is some. Zero points of the weight need the sum of each row of x: columns of ones beside the
+  weight, one register wide, so that each sum arrives in all lanes.
+* Groups of less than 128 values are narrower than the matrix unit. The tile of x is stacked on itself, each copy zero
+  outside one of the groups: a single dot gives their sums apart.
+
+No array is copied before the kernel, but scales that it cannot read: float16 and double-quantized ones. A stack axis is
+a grid axis, and `layer` a prefetched scalar that index maps add, so no matrix is sliced out of a stack. What lies
+beyond the edge of an array is undefined there: x is set to 0, so that the weight does not count, and scales are; rows
+and columns of the result are not stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int, Int8, Int32
+
+from pallas_kernels import numerics, tile_tpu
+from pallas_kernels.exact import finite
+from pallas_kernels.formats import Format
+from pallas_kernels.integer_matmul_cpu import rescale
+from pallas_kernels.packing import PLANES
+from pallas_kernels.qtensor import QTensor
+from pallas_kernels.tile_tpu import K_MULTIPLE, LANES
+
+# Rows of int8 in a register, and int8 in a lane of it.
+_ROWS, _BYTES = 32, 4
+# Groups are multiples of LANES or divide it down to this: x is stacked 8 times.
+_LEAST_GROUP = 16
+# Rows of sums of groups that one pass of the loop over a tile makes: more would be longer code, and no faster.
+_SUMS = 512
+# What tiles may take of VMEM: every chip gives a kernel 16 MiB.
+_VMEM = 12 * 2**20
+
+
+# --- Tiles -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes of the tiles.
+
+    `m` is a multiple of 32 (where M takes several tiles, of 128), `n` of 128, `k` of 256; `k` divides a group or holds
+    whole ones.
+    """
+
+    m: int
+    n: int
+    k: int
+
+
+def default_blocks(m: int, w: QTensor, group: int) -> Blocks:
+    """Tiles for `m` rows of x and `group` values along K to a scale, chosen by size.
+
+    With few rows the time goes to reading the weight, and tiles are deep. With many, the larger the tile of the result
+    the fewer times anything is read.
+    """
+    few, n = m <= 64, w.layout.n
+    bm = _up(m, _ROWS) if m <= 512 else _up(pl.cdiv(m, pl.cdiv(m, 512)), LANES)
+    chosen = Blocks(bm, min(_up(n, LANES), 512), _depth(w.layout.k, group, 4096 if few else 1024))
+    while _vmem_bytes(chosen, w, group) > _VMEM and max(chosen.m, chosen.n) > LANES:
+        if chosen.n > LANES and chosen.n >= chosen.m:
+            chosen = dataclasses.replace(chosen, n=_up(chosen.n // 2, LANES))
+        else:
+            chosen = dataclasses.replace(chosen, m=_up(chosen.m // 2, LANES))
+    return chosen
+
+
+def _depth(k: int, group: int, most: int) -> int:
+    """Values of a tile along K, about `most`."""
+    unit = math.lcm(group, K_MULTIPLE) if group < k else K_MULTIPLE
+    if unit > most and group % K_MULTIPLE == 0:  # part of a group
+        return max(size for size in range(K_MULTIPLE, most + 1, K_MULTIPLE) if group % size == 0)
+    tiles = pl.cdiv(k, max(1, most // unit) * unit)
+    return _up(pl.cdiv(k, tiles), unit)
+
+
+def _vmem_bytes(blocks: Blocks, w: QTensor, group: int) -> int:
+    """What windows (twice, as the next is read meanwhile), scratch and the largest values take."""
+    m, n, k = blocks.m + _ROWS, blocks.n + LANES, blocks.k
+    rows = k if w.order == "nk" else sum(part.rows for part in tile_tpu.windows(w.spec.format, w.layout.k, k))
+    words = rows * n * (1 if w.spec.format.bits == 8 else 4)
+    groups = pl.cdiv(w.layout.k, group)
+    copies = max(1, LANES // group) if groups > 1 else 1
+    windows = 2 * (m * k + words + 6 * groups * n + 4 * m * n)
+    return windows + 8 * groups * n + k * n + copies * m * LANES + (2 + copies) * 4 * m * n
+
+
+def _up(size: int, unit: int) -> int:
+    return pl.cdiv(size, unit) * unit
+
+
+def unsupported(shape: tuple[int, ...], w: QTensor, group: int) -> str | None:
+    """Why x of this shape times this weight, `group` values to a scale, is left to the reference; None if it is not."""
+    k = w.layout.k
+    if 0 in (*shape, w.layout.n):
+        return "there is nothing to multiply"
+    if w.order == "nk" and (w.spec.format.bits < 8 or group < k):
+        return "words that are packed along the lanes are not unpacked here"
+    if group < k and group % LANES and (group < _LEAST_GROUP or LANES % group):
+        return f"groups of {group} values neither divide a register of {LANES} lanes nor fill several"
+    if group < k and group % LANES == 0 and group % K_MULTIPLE and group > 4 * K_MULTIPLE:
+        return f"groups of {group} values are cut by tiles of {K_MULTIPLE}"
+    return None
+
+
+# --- The call --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """What is known when the kernel is compiled.
+
+    Attributes:
+        m, k: rows of x and values to contract.
+        format: of the weight.
+        order: of its words, "kn" or "nk".
+        group: values along K that share a scale.
+        zero, weight_zero: whether x and the weight have zero points.
+        blocks: sizes of the tiles.
+    """
+
+    m: int
+    k: int
+    format: Format
+    order: str
+    group: int
+    zero: bool
+    weight_zero: bool
+    blocks: Blocks
+
+    @property
+    def groups(self) -> int:
+        """How many there are."""
+        return pl.cdiv(self.k, self.group)
+
+    @property
+    def steps(self) -> int:
+        """Tiles along K."""
+        return pl.cdiv(self.k, self.blocks.k)
+
+    @property
+    def stored(self) -> int:
+        """Rows of the tile of the result: registers of float32 hold 8, and padding of x beyond that is not scaled."""
+        return min(self.blocks.m, _up(self.m, 8))
+
+    @property
+    def ones(self) -> int:
+        """The row of the tile of x that is of ones where x has zero points: after the rows of x."""
+        return min(self.m, self.blocks.m)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tile of x and that of ones."""
+        return self.blocks.m + (_ROWS if self.zero and self.ones == self.blocks.m else 0)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the tile of the weight and those of ones."""
+        return self.blocks.n + (LANES if self.weight_zero else 0)
+
+    @property
+    def part(self) -> int:
+        """Values along K of a tile of whole groups that are unpacked at once: what registers hold the sums of."""
+        unit = math.lcm(self.group, K_MULTIPLE)
+        units, most = self.blocks.k // unit, max(1, _SUMS // (self.rows * (unit // self.group)))
+        return unit * max(count for count in range(1, most + 1) if units % count == 0)
+
+    def scratch(self) -> dict[str, Any]:
+        """By name, what is kept from one tile along K to the next."""
+        n, kept = self.blocks.n, {}
+        if self.zero:
+            kept["zero"] = pltpu.VMEM((self.stored, 1), jnp.int32)
+        if self.groups > 1:
+            kept["values"] = pltpu.VMEM((self.groups, n), jnp.float32)
+            kept["total"] = pltpu.VMEM((self.stored, n), jnp.float32)
+            if self.weight_zero:
+                kept["weight_zero"] = pltpu.VMEM((self.groups, n), jnp.int32)
+        if self.steps > 1 and self.group > self.blocks.k:
+            kept["acc"] = pltpu.VMEM((self.rows, self.columns), jnp.int32)
+        return kept
+
+
+def matmul(
+    x: Int8[Array, "*stack M K"],
+    scale: Float[Array, "*stack M 1"],
+    zero: Float[Array, "*stack M 1"] | None,
+    w: QTensor,
+    *,
+    group: int,
+    layer: Int[Array, ""] | int | None,
+    out_dtype: Any,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> Float[Array, "*stack M N"]:
+    """What `integer_matmul.matmul_reference` computes, bit for bit; `unsupported` must have nothing against it.
+
+    Args:
+        x, scale, zero, w, layer, out_dtype: as for `integer_matmul`; no axis is empty.
+        group: values along K that share a scale.
+        blocks: sizes of the tiles; by default `default_blocks` chooses.
+        interpret: run the kernel as plain JAX operations, on any platform.
+    """
+    *stack, m, k = x.shape
+    n, matrices = w.layout.n, math.prod(stack)
+    size = blocks or default_blocks(m, w, group)
+    scales = w.matrix_arrays()[1]
+    product = _Product(m, k, w.spec.format, w.order, group, zero is not None, scales.zero is not None, size)
+
+    first = first_scales = jnp.zeros((), jnp.int32)
+    if layer is not None:
+        layers = w.words.shape[0]
+        layer = jnp.asarray(layer, jnp.int32)
+        layer = jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)
+        first = layer * matrices
+        if not (w.spec.double_quant or scales.values.dtype == jnp.float16):
+            first_scales = first
+        else:  # they are converted: those of one layer, not of all
+            scales = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, 0, keepdims=False), scales)
+    scales = numerics.plain_scales(scales)
+    values = scales.values.astype(jnp.float32) if scales.values.dtype == jnp.float16 else scales.values
+
+    operands, specs = [], []
+
+    def add(a: Array, block: tuple[int, int], index: Any) -> None:
+        """An operand whose axes in front of the last two become one, which `index` counts too."""
+        operands.append(a.reshape(-1, *a.shape[-2:]))
+        specs.append(pl.BlockSpec((None, *block), index))
+
+    add(x, (size.m, size.k), lambda s, i, j, t, first: (s, i, t))
+    for a in (scale, zero):
+        if a is not None:  # along the lanes: as a column, each number would fill a register
+            add(a.reshape(*stack, 1, m), (1, min(size.m, m)), lambda s, i, j, t, first: (s, 0, i))
+    for a in values, scales.zero:
+        if a is not None:
+            wide = a.shape[-1] > 1
+            add(a, (a.shape[-2], size.n if wide else 1), lambda s, i, j, t, first, w=wide: (first[1] + s, 0, j * w))
+    if w.order == "nk":
+        add(w.words, (size.n, size.k), lambda s, i, j, t, first: (first[0] + s, j, t))
+    else:
+        for part in tile_tpu.windows(w.spec.format, k, size.k):
+            add(
+                w.words,
+                (part.rows, size.n),
+                lambda s, i, j, t, first, part=part: (first[0] + s, part.first + part.step * t, j),
+            )
+
+    stored = jnp.float32 if out_dtype == jnp.float16 else out_dtype
+    out = pl.pallas_call(
+        functools.partial(_kernel, product),
+        out_shape=jax.ShapeDtypeStruct((matrices, m, n), stored),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(matrices, pl.cdiv(m, size.m), pl.cdiv(n, size.n), product.steps),
+            in_specs=specs,
+            out_specs=pl.BlockSpec((None, product.stored, size.n), lambda s, i, j, t, first: (s, i, j)),
+            scratch_shapes=list(product.scratch().values()),
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * matrices * m * k * n,
+            bytes_accessed=x.size + matrices * k * n * w.spec.format.bits // 8 + matrices * m * n * 4,
+            transcendentals=0,
+        ),
+        interpret=interpret,
+        name="integer_matmul",
+    )(jnp.stack([first, first_scales]), *operands)
+    return out.astype(out_dtype).reshape(*stack, m, n)
+
+
+# --- The kernel ------------------------------------------------------------------------------------------------
+
+
+def _kernel(product: _Product, first: Any, x: Any, scale: Any, *refs: Any) -> None:
+    """One tile along K; the last one stores the result."""
+    names = list(product.scratch())
+    rest, kept = list(refs[: len(refs) - len(names)]), dict(zip(names, refs[len(refs) - len(names) :], strict=True))
+    out = rest.pop()
+    zero = rest.pop(0) if product.zero else None
+    columns = {"values": rest.pop(0)}
+    if product.weight_zero:
+        columns["weight_zero"] = rest.pop(0)
+    step, group, deep = pl.program_id(3), product.group, product.blocks.k
+
+    @pl.when(step == 0)
+    def _() -> None:
+        if zero is not None:
+            kept["zero"][...] = _column(zero[...], product.stored).astype(jnp.int32)
+        for name, ref in columns.items():
+            if name in kept:  # rows of narrow types cannot be picked one by one
+                kept[name][...] = ref[...].astype(kept[name].dtype)
+        if "total" in kept:
+            kept["total"][...] = jnp.zeros_like(kept["total"])
+        if "acc" in kept:
+            kept["acc"][...] = jnp.zeros_like(kept["acc"])
+
+    def of_group(name: str, g: Any) -> Array:
+        """Row g of a scale array, as a number."""
+        if name not in kept:
+            return columns[name][...].astype(jnp.int32 if name == "weight_zero" else jnp.float32)
+        if product.steps * deep <= product.groups * group:
+            return kept[name][pl.ds(g, 1), :]
+        # the last tile reaches beyond the last group
+        return jnp.where(g < product.groups, kept[name][pl.ds(jnp.minimum(g, product.groups - 1), 1), :], 0)
+
+    def scaled(acc: Int32[Array, "_ _"], g: Any) -> Float[Array, "_ bn"]:
+        """The sums of group g, zero points taken out, times the scales of the weight."""
+        rows, bn = product.stored, product.blocks.n
+        sums, of_columns = acc[:rows, :bn], acc[product.ones : product.ones + 1, :bn]
+        weight_zero = of_group("weight_zero", g) if product.weight_zero else None
+        if zero is not None:
+            if weight_zero is not None:
+                of_columns -= jnp.clip(product.k - g * group, 0, group) * weight_zero
+            sums -= kept["zero"][...] * of_columns
+        if weight_zero is not None:
+            of_rows = jnp.concatenate([acc[:rows, bn:]] * (bn // LANES), axis=1)
+            sums -= of_rows * weight_zero
+        return finite(sums.astype(jnp.float32) * of_group("values", g))
+
+    last = step == product.steps - 1
+    if product.groups > 1 and group <= deep:
+        part = product.part
+
+        def add(i: Any, _: None) -> None:
+            tile, weight = _rows(product, x, step, i, part), _weight(product, rest, step, i, part)
+            for p, acc in enumerate(_groups(product, tile, weight)):
+                kept["total"][...] += scaled(acc, step * (deep // group) + i * (part // group) + p)
+
+        lax.fori_loop(0, deep // part, add, None)
+    else:
+        acc = _dot(product, _rows(product, x, step, 0, deep), _weight(product, rest, step, 0, deep))
+        if "acc" in kept:
+            acc += kept["acc"][...]
+            kept["acc"][...] = acc
+        if "total" in kept:
+            tiles = group // deep
+
+            @pl.when(last | (lax.rem(step + 1, tiles) == 0))
+            def _() -> None:
+                kept["total"][...] += scaled(kept["acc"][...], lax.div(step, tiles))
+                kept["acc"][...] = jnp.zeros_like(kept["acc"])
+
+    @pl.when(last)
+    def _() -> None:
+        if "total" in kept:
+            total = kept["total"][...]
+        else:
+            total = scaled(kept["acc"][...] if "acc" in kept else acc, 0)
+        out[...] = rescale(total, _column(scale[...], product.stored), out.dtype)
+
+
+def _column(row: Float[Array, "1 M"], rows: int) -> Float[Array, "{rows} 1"]:
+    """The numbers of a row one below the other."""
+    parts = []
+    for start in range(0, rows, LANES):
+        part = row[:, start : start + LANES]
+        square = (min(rows - start, LANES), part.shape[1])
+        diagonal = lax.broadcasted_iota(jnp.int32, square, 0) == lax.broadcasted_iota(jnp.int32, square, 1)
+        parts.append(jnp.sum(jnp.where(diagonal, part, 0), axis=1, keepdims=True))
+    return jnp.concatenate(parts)
+
+
+def _rows(product: _Product, x: Any, step: Any, i: Any, size: int) -> Int8[Array, "_ {size}"]:
+    """Part i of the tile of x, `size` wide: zeros beyond K, and a row of ones where x has zero points."""
+    words = pltpu.bitcast(_window(x, i, size, 1)[...], jnp.int32)  # row r holds rows 4r .. 4r+3: int8 has no selects
+    if product.rows > product.blocks.m:
+        words = jnp.concatenate([words, jnp.full((_ROWS // _BYTES, size), 0x01010101, jnp.int32)], axis=0)
+    elif product.zero:
+        row, shift = product.ones // _BYTES, product.ones % _BYTES * 8
+        ones = words & (1 << shift) - 1 | 1 << shift  # the rows above are padding
+        words = jnp.where(lax.broadcasted_iota(jnp.int32, words.shape, 0) == row, ones, words)
+    if product.k % product.blocks.k:
+        lane = lax.broadcasted_iota(jnp.int32, words.shape, 1)
+        words = jnp.where(lane < product.k - step * product.blocks.k - i * size, words, 0)
+    return pltpu.bitcast(words, jnp.int8)
+
+
+def _weight(product: _Product, refs: list[Any], step: Any, i: Any, size: int) -> Int8[Array, "_ _"]:
+    """The codes of part i of the tile, `(size, bn)` or, in order "nk", `(bn, size)`."""
+    if product.order == "nk":
+        return _window(refs[0], i, size, 1)[...]
+    deep, format = product.blocks.k, product.format
+    if len(refs) < len(PLANES.get(format.bits, (8,))):  # one window of all rows of all planes
+        planes = tile_tpu.load(refs, format, product.k, size, step * (deep // size) + i)
+    else:
+        parts = [_window(ref, i, ref.shape[0] * size // deep, 0) for ref in refs]
+        planes = tile_tpu.load(parts, format, product.k, size, 0)
+    return tile_tpu.codes(planes, format, jnp.int8)
+
+
+def _window(ref: Any, i: Any, size: int, axis: int) -> Any:
+    """Part i of the rows (axis 0) or of the columns of a tile, `size` of them."""
+    part = pl.ds(pl.multiple_of(i * size, size), size)
+    return ref.at[part, :] if axis == 0 else ref.at[:, part]
+
+
+def _dot(product: _Product, x: Int8[Array, "_ K"], weight: Int8[Array, "_ _"]) -> Int32[Array, "_ _"]:
+    """Sums over K; beside them those of the rows of x, where the weight has zero points."""
+    n_axis = 1 if product.order == "kn" else 0
+    if product.weight_zero:
+        shape = (x.shape[1], LANES) if product.order == "kn" else (LANES, x.shape[1])
+        weight = jnp.concatenate([weight, jnp.ones(shape, jnp.int8)], axis=n_axis)
+    numbers = (((1,), (1 - n_axis,)), ((), ()))
+    return lax.dot_general(x, weight, numbers, preferred_element_type=jnp.int32)
+
+
+def _groups(product: _Product, x: Int8[Array, "_ bk"], weight: Int8[Array, "bk bn"]) -> Iterator[Int32[Array, "_ _"]]:
+    """The sums of each group of the tile."""
+    group, deep = product.group, x.shape[1]
+    if group % LANES == 0:
+        for k in range(0, deep, group):
+            yield _dot(product, x[:, k : k + group], weight[k : k + group])
+        return
+    words = pltpu.bitcast(x, jnp.int32)
+    lane = lax.broadcasted_iota(jnp.int32, (words.shape[0], LANES), 1)
+    for k in range(0, deep, LANES):
+        part = words[:, k : k + LANES]
+        copies = [jnp.where((first <= lane) & (lane < first + group), part, 0) for first in range(0, LANES, group)]
+        dot = _dot(product, pltpu.bitcast(jnp.concatenate(copies), jnp.int8), weight[k : k + LANES])
+        for row in range(0, dot.shape[0], product.rows):
+            yield dot[row : row + product.rows]

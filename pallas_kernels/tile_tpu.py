@@ -1,0 +1,163 @@
+"""Packed words to codes inside a Pallas kernel for TPU: what `packing.unpack` gives, one tile of it.
+
+What costs time on a TPU is arithmetic on unpacked values. So fields are widened while they are still packed, four or
+eight to a 32-bit lane, until `pltpu.bitcast` can read them: it gives row r of int32 words as rows 8r .. 8r+7 of int4,
+lowest bits first, and takes no operation at all. That is the canonical packing, so formats of 2, 4 and 8 bits need
+nothing else. The planes of a format of 3, 5, 6 or 7 bits are spread and put together to words of int4 (3 bits) or int8
+in some 20 operations for 8192 or 4096 values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int, Num
+
+from pallas_kernels.formats import Format
+from pallas_kernels.packing import PLANES, WORD_BITS
+
+SUBLANES, LANES = 8, 128
+"""Height and width of a vector register of 32-bit values."""
+
+K_MULTIPLE = 256
+"""Tiles are multiples of this along K, so that even a plane of single bits has a whole number of registers in each."""
+
+_SIGNED = {2: jnp.int2, 4: jnp.int4, 8: jnp.int8}
+_UNSIGNED = {4: jnp.uint4, 8: jnp.uint8, 16: jnp.uint16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The rows of the packed words that one operand of a kernel holds for tile i along K.
+
+    In units of a block of `rows` rows, it is block `first + step * i`; rows beyond the array are not defined.
+    """
+
+    rows: int
+    first: int
+    step: int
+
+
+def windows(format: Format, k: int, bk: int) -> list[Window]:
+    """How packed words with K = `k` enter a kernel in tiles of `bk`, a multiple of `K_MULTIPLE`: one window an operand.
+
+    Each operand is the whole array of words. The planes of a format lie one after another in it, so each plane has a
+    window of its own. Where the tiles do not divide K, a plane does not start at a multiple of its window: then one
+    window holds all rows, and `load` cuts it.
+    """
+    parts = _parts(format, k, bk)
+    if len(parts) == 1:
+        return [Window(parts[0][1], 0, 1)]
+    if k % bk == 0:
+        return [Window(rows, start // rows, 1) for start, rows in parts]
+    tiles = -(-k // bk)
+    return [Window(max(_aligned(start) + tiles * rows + SUBLANES for start, rows in parts), 0, 0)]
+
+
+def load(refs: Sequence[Any], format: Format, k: int, bk: int, i: Any) -> Int[Array, "R N"]:
+    """The words of tile i along K, from the operands that `windows` describes; one code after another, see `rows`."""
+    parts = _parts(format, k, bk)
+    if len(refs) == len(parts):
+        planes = [ref[...] for ref in refs]
+    else:
+        planes = []
+        for start, height in parts:
+            first = pl.multiple_of(_aligned(start) + i * height, SUBLANES)  # Mosaic loads from nowhere else
+            block = refs[0][pl.ds(first, height + SUBLANES), :]
+            planes.append(pltpu.roll(block, (block.shape[0] - start % SUBLANES) % block.shape[0], 0)[:height])
+    return planes[0] if len(planes) == 1 else _join(planes, format.bits)
+
+
+def rows(format: Format, k: int) -> int:
+    """Rows of what `load` gives for K = `k`: a tile of groups that are multiples of `LANES` can be cut into them."""
+    return k if format.bits == 8 else k * _field(format.bits) // WORD_BITS
+
+
+def codes(words: Int[Array, "R N"], format: Format, dtype: Any) -> Num[Array, "K N"]:
+    """The codes of a tile: integers as they are, of codebooks and floats the unscaled value that each stands for.
+
+    Args:
+        words: what `load` gave, or some rows of it; N is a multiple of `LANES`.
+        format: of the packed words.
+        dtype: of the result. It must hold the codes: int8 (not for codebooks and floats), bfloat16 (which rounds the
+            values of NF4) or float32.
+    """
+    if format.kind == "float":
+        return pltpu.bitcast(words, jnp.dtype(format.dtype)).astype(dtype)
+    if words.dtype != jnp.int8:
+        words = pltpu.bitcast(words, _SIGNED[_field(format.bits)])
+    return _look_up(words.astype(jnp.int32), format.values).astype(dtype) if format.values else words.astype(dtype)
+
+
+def _parts(format: Format, k: int, bk: int) -> list[tuple[int, int]]:
+    """For each plane its first row, and its rows in a tile."""
+    if format.bits == 8:
+        return [(0, bk)]
+    parts, start = [], 0
+    for width in PLANES[format.bits]:
+        parts.append((start, bk * width // WORD_BITS))
+        start += -(-k * width // WORD_BITS)
+    return parts
+
+
+def _aligned(row: int) -> int:
+    return row // SUBLANES * SUBLANES
+
+
+def _field(bits: int) -> int:
+    """The narrowest field that a code of `bits` bits fits into and that a bitcast can read."""
+    return next(field for field in _SIGNED if field >= bits)
+
+
+def _join(planes: Sequence[Int[Array, "_ N"]], bits: int) -> Int[Array, "R N"]:
+    """Words of signed codes, each in a field of its own, from the planes of a format."""
+    field = _field(bits)
+    words, low = jnp.int32(0), 0
+    for width, plane in zip(PLANES[bits], planes, strict=True):
+        part = _spread(plane, width, field)
+        words |= part << low
+        low += width
+    sign = (part >> (width - 1)) & _every(field, 1)  # the topmost bit of the last plane
+    return words | sign * (2**field - 2**bits)
+
+
+def _spread(plane: Int[Array, "_ N"], width: int, field: int) -> Int[Array, "R N"]:
+    """Words with fields of `field` bits, whose low bits are the fields of `width` bits of a plane, in order."""
+    count = WORD_BITS // field
+    words = pltpu.bitcast(plane, _UNSIGNED[count * width]).astype(jnp.int32)
+    while count > 1:  # the upper half of the fields moves away from the lower, in each part that moved before
+        count //= 2
+        words = (words | words << (count * (field - width))) & _every(count * field, 2 ** (count * width) - 1)
+    return words
+
+
+def _every(distance: int, bits: int) -> Int[Array, ""]:
+    """The int32 in which `bits` appear at bit 0, `distance`, twice `distance` ..."""
+    pattern = sum(bits << shift for shift in range(0, WORD_BITS, distance))
+    return jnp.int32(pattern - 2**WORD_BITS if pattern >= 2 ** (WORD_BITS - 1) else pattern)
+
+
+def _look_up(code: Int[Array, "K N"], values: Sequence[float]) -> Float[Array, "K N"]:
+    """The values of 4-bit codes, -8 .. 7 for 8 .. 15, 0 .. 7, from two tables that lie along the rows of a register.
+
+    A gather from 8 rows is an operation or two of the vector unit, a gather from 128 lanes holds up the one unit that
+    moves data between lanes, and a tree of selects takes fifteen operations.
+    """
+    k, n = code.shape
+    code = code.reshape(k // SUBLANES, SUBLANES, n)
+    row = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+
+    def gather(values: Sequence[float]) -> Array:
+        table = jnp.full(row.shape, values[0], jnp.float32)
+        for i, value in enumerate(values):
+            table = jnp.where(row == i, value, table)
+        table = jnp.broadcast_to(jnp.tile(table, (1, n // LANES)), code.shape)
+        return jnp.take_along_axis(table, code & 7, axis=1, mode="promise_in_bounds")
+
+    return jnp.where(code < 0, gather(values[8:]), gather(values[:8])).reshape(k, n)

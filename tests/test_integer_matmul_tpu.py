@@ -1,0 +1,187 @@
+"""The TPU kernel of `integer_matmul`, interpreted, against NumPy: the same bits as the reference has.
+
+That it compiles for each chip is the matter of `test_tpu_compile`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_integer_matmul import Case, assert_same_bits
+
+from pallas_kernels import integer_matmul_tpu
+from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
+from pallas_kernels.integer_matmul import group_size, integer_matmul
+from pallas_kernels.integer_matmul_tpu import Blocks
+from pallas_kernels.numerics import Scales
+from pallas_kernels.qtensor import Layout, QTensor, quantize
+
+
+def kernel(x: Any, scale: Any, zero: Any, w: QTensor, layer: Any = None, **options: Any) -> jax.Array:
+    options = {"out_dtype": jnp.float32, "layer": layer, **options}
+    return integer_matmul_tpu.matmul(x, scale, zero, w, group=group_size(w), interpret=True, **options)
+
+
+def check(case: Case, tiles: Blocks | None) -> None:
+    assert integer_matmul_tpu.unsupported(case.x.shape, case.w, group_size(case.w)) is None
+    out = jax.jit(functools.partial(kernel, blocks=tiles))(*case.operands)
+    assert_same_bits(out, case.expected())
+
+
+# Bits, granularity, order, zero points of x and w, rows, K: every format; several tiles along each axis, and no axis is
+# a multiple of its tile.
+FORMS: list[tuple[int, Any, Any, str, int, int]] = [
+    *((bits, PerChannel(), "kn", "", 3, 600) for bits in range(2, 8)),
+    (8, PerChannel(), "kn", "xw", 130, 600),
+    (8, PerChannel(), "nk", "", 1, 600),
+    (8, PerChannel(), "nk", "xw", 31, 600),
+    (8, PerTensor(), "nk", "x", 32, 100),
+    (4, PerTensor(), "kn", "xw", 64, 513),
+    (8, PerGroup(128), "kn", "x", 32, 600),
+    (4, PerGroup(128), "kn", "", 16, 512),
+    (4, PerGroup(32), "kn", "xw", 130, 600),
+    (5, PerGroup(64), "kn", "w", 31, 512),
+    (2, PerGroup(16), "kn", "x", 2, 300),
+]
+
+
+@pytest.mark.parametrize(("bits", "granularity", "order", "zeros", "rows", "k"), FORMS, ids=str)
+def test_same_bits_as_the_exact_sum(bits: int, granularity: Any, order: Any, zeros: str, rows: int, k: int):
+    case = Case(bits, granularity, rows=rows, k=k, n=130, order=order, zero="x" in zeros, weight_zero="w" in zeros)
+    check(case, Blocks(min(128, -(-rows // 32) * 32), 128, 256))
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "tiles", "rows", "k"),
+    [
+        (4, 512, Blocks(32, 128, 256), 5, 1200),  # a group takes several tiles
+        (4, 1280, Blocks(32, 128, 1280), 5, 2600),  # a tile is a group
+        (4, 32, Blocks(128, 128, 512), 70, 512),  # a tile is unpacked in parts
+        (3, 32, Blocks(64, 128, 512), 64, 800),  # and its planes are cut out of one window
+        (3, 128, Blocks(128, 256, 1024), 100, 2048),
+    ],
+    ids=str,
+)
+def test_groups_and_tiles_of_several_sizes(bits: int, group: int, tiles: Blocks, rows: int, k: int):
+    check(Case(bits, PerGroup(group), rows=rows, k=k, n=33, zero=True, weight_zero=True), tiles)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([4, 8]),
+    st.sampled_from([1, 2, 31, 32, 129]),
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.sampled_from([None, 32, 128]),
+    st.booleans(),
+)
+@example(4, 1, 1, 1, None, True)
+@example(8, 129, 257, 127, 32, True)
+def test_awkward_shapes(bits: int, rows: int, k: int, n: int, group: int | None, zero: bool):
+    granularity = PerGroup(group) if group else PerChannel()
+    check(Case(bits, granularity, rows=rows, k=k, n=n, zero=zero, weight_zero=zero), None)
+
+
+def test_stack_and_layer():
+    """Two experts in each of three layers; an index out of range is clamped, a negative one counts from the end."""
+    options: dict[str, Any] = {"layers": 3, "stack": (2,), "rows": 3, "zero": True, "weight_zero": True}
+    grouped, nk, half = (
+        Case(4, PerGroup(32), **options),
+        Case(8, PerChannel(), order="nk", **options),
+        Case(4, PerGroup(64), **options),
+    )
+    half.scales = np.asarray(half.scales.astype(np.float16), np.float32)
+    scales = dataclasses.replace(half.w.scales, values=jnp.asarray(half.scales, jnp.float16))
+    half.w = dataclasses.replace(half.w, scales=scales)
+    cases = (grouped, nk, half)
+    run = jax.jit(lambda operands, layer: [kernel(*o, layer=layer) for o in operands])
+    for layer, picked in ((0, 0), (1, 1), (7, 2), (-1, 2), (-9, 0)):
+        for case, out in zip(cases, run([case.operands for case in cases], jnp.int32(layer)), strict=True):
+            assert_same_bits(out, case.expected(picked))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_scales_of_16_bits_and_one_rounding_of_the_result(dtype: Any):
+    case = Case(4, PerGroup(32))
+    case.scales = np.asarray(case.scales.astype(dtype), np.float32)
+    spec = QuantSpec(FORMATS["int4"], PerGroup(32), scale_dtype=jnp.dtype(dtype).name, scale_rule=AbsMax())
+    w = QTensor(case.w.words, Scales(jnp.asarray(case.scales, dtype)), spec, case.w.layout, case.w.dtype)
+    out = jax.jit(functools.partial(kernel, out_dtype=dtype))(case.x, case.scale, None, w)
+    assert out.dtype == dtype
+    with np.errstate(over="ignore"):
+        assert_same_bits(np.asarray(out, np.float32), np.asarray(case.expected().astype(dtype), np.float32))
+
+
+def test_double_quantized_scales():
+    spec = QuantSpec(FORMATS["int4"], PerGroup(32), scale_rule=AbsMax(), double_quant=True)
+    case = Case(4, PerGroup(32))
+    k, n = case.w.layout.k, case.w.layout.n
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((k, n)), jnp.float32)
+    packed = quantize(w, spec, Layout((((k, "k"),), ((n, "n"),))))
+    out, exact = jax.jit(lambda x, w: (kernel(x, case.scale, None, w), w.matrix()))(case.x, packed)
+    expected = np.asarray(case.x, np.float64) @ np.asarray(exact, np.float64) * np.asarray(case.scale)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+# --- Tiles -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([2, 3, 4, 8]),
+    st.integers(1, 10_000),
+    st.integers(1, 40_000),
+    st.integers(1, 150_000),
+    st.sampled_from([None, 16, 32, 64, 128, 256, 384, 640, 4096, 5120]),
+    st.booleans(),
+)
+def test_tiles_fit_into_memory_and_hold_whole_groups(bits: int, m: int, k: int, n: int, group: int | None, zero: bool):
+    granularity = PerGroup(group) if group else PerChannel()
+    spec = QuantSpec(FORMATS[f"int{bits}"], granularity, zero_point=zero, scale_rule=AbsMax())
+    w = QTensor(None, None, spec, Layout((((k, "k"),), ((n, "n"),))), jnp.dtype("float32"))
+    size = group_size(w)
+    if integer_matmul_tpu.unsupported((m, k), w, size):
+        return
+    tiles = integer_matmul_tpu.default_blocks(m, w, size)
+    assert tiles.m % (128 if tiles.m < m else 32) == 0 and tiles.n % 128 == 0 and tiles.k % 256 == 0
+    assert tiles.m < m + 128 and tiles.n < n + 128 and tiles.k < k + max(256, 2 * size)
+    assert size == k or size % tiles.k == 0 or tiles.k % size == 0
+    # windows are there twice; a result of 32 bits, and the sums of integers that it is made of
+    assert 2 * (tiles.m * tiles.k + tiles.k * tiles.n * bits // 8) + 16 * tiles.m * tiles.n < 14 * 2**20
+
+
+# --- Which lowering --------------------------------------------------------------------------------------------
+
+
+def _exported(case: Case) -> str:
+    leaves, tree = jax.tree.flatten(case.operands)
+    product = jax.jit(lambda *leaves: integer_matmul(*jax.tree.unflatten(tree, leaves)))
+    return jax.export.export(product, platforms=("tpu", "cpu"))(*leaves).mlir_module()
+
+
+def test_the_kernel_is_what_tpu_runs():
+    assert "tpu_custom_call" in _exported(Case(4, PerGroup(32), zero=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (Case(4, PerGroup(24)), "groups of 24 values"),
+        (Case(4, PerChannel(), order="nk"), "packed along the lanes"),
+        (Case(8, PerGroup(32), order="nk"), "packed along the lanes"),
+        (Case(8, PerChannel(), rows=0), "nothing to multiply"),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_cannot_hold_goes_to_the_reference(case: Case, reason: str):
+    why = integer_matmul_tpu.unsupported(case.x.shape, case.w, group_size(case.w))
+    assert why is not None and reason in why
+    assert "tpu_custom_call" not in _exported(case)

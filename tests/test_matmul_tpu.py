@@ -1,0 +1,309 @@
+"""The TPU kernel of `quantized_matmul`, interpreted on CPU, against float64 NumPy; `test_tpu_compile` compiles it.
+
+Where Pallas runs a kernel with XLA operations, what lies beyond the edge of an array is NaN, or the lowest integer:
+what leaks into a result shows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+
+from pallas_kernels import matmul_tpu, numerics, packing, tile_tpu
+from pallas_kernels.formats import FORMATS, AbsMax, Format, PerChannel, PerGroup, PerTensor, QuantSpec
+from pallas_kernels.matmul import quantized_matmul
+from pallas_kernels.matmul_tpu import Blocks
+from pallas_kernels.qtensor import Layout, QTensor, quantize
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+def _spec(name: str, granularity: Any, **options: Any) -> QuantSpec:
+    return QuantSpec(FORMATS[name], granularity, scale_rule=AbsMax(), **options)
+
+
+def _array(*shape: int, dtype: Any = F32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(shape).standard_normal(shape), dtype)
+
+
+def _pack(spec: QuantSpec, *stack: int, k: int, n: int, order: Any = "kn", dtype: Any = F32) -> QTensor:
+    return quantize(_array(*stack, k, n, dtype=dtype), spec, Layout((((k, "k"),), ((n, "n"),))), order)
+
+
+def _run(x: jax.Array, w: QTensor, **options: Any) -> jax.Array:
+    defaults = {"layer": None, "casts": (), "precision": None, "preferred_element_type": None, "transpose": False}
+    options = {**defaults, "interpret": True, **options}
+    casts, preferred = options["casts"], options["preferred_element_type"]
+    out_dtype = jnp.dtype(preferred or jnp.promote_types(x.dtype, casts[-1] if casts else w.dtype))
+    assert matmul_tpu.unsupported(x, w, casts, out_dtype) is None
+    out = matmul_tpu.matmul(x, w, **options)
+    assert out.dtype == out_dtype
+    return out
+
+
+def assert_product(actual: jax.Array, x: jax.Array, m: Any, weight_eps: float = 0.0) -> None:
+    """Within the rounding of float32 sums and of the result, and of weights that are only known up to `weight_eps`.
+
+    One wrong term of a sum is about a K-th of the sum of magnitudes: far more, at the sizes of these tests.
+    """
+    x64, m64 = np.asarray(x, np.float64), np.asarray(m, np.float64)
+    expected, size = x64 @ m64, np.abs(x64) @ np.abs(m64)
+    sums = 4 * np.sqrt(x64.shape[-1]) * float(jnp.finfo(F32).eps)
+    bound = (sums + weight_eps) * size + float(jnp.finfo(actual.dtype).eps) * np.abs(expected) + 1e-30
+    assert actual.shape == expected.shape
+    np.testing.assert_array_less(np.abs(np.asarray(actual, np.float64) - expected), bound)
+
+
+def _multiplied(w: QTensor, position: str) -> np.ndarray:
+    """The matrix that a bfloat16 product stands for: rounded before the product, or exact codes scaled after it."""
+    if position == "before":
+        return np.asarray(w.matrix().astype(BF16), np.float64)
+    words, scales = w.matrix_arrays()
+    values = numerics.decode_codes(packing.unpack(words, w.spec.format, w.layout.k), w.spec.format).astype(BF16)
+    group = np.arange(w.layout.k) // matmul_tpu.group_size(w.layout.k, w.spec)
+    zero = 0.0 if scales.zero is None else np.asarray(scales.zero, np.float64)[..., group, :]
+    return (np.asarray(values, np.float64) - zero) * np.asarray(numerics.resolve_scales(scales))[..., group, :]
+
+
+# --- Tiles -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [512, 300])
+@pytest.mark.parametrize("format", FORMATS.values(), ids=str)
+def test_a_tile_has_the_codes_that_unpack_gives(format: Format, k: int):
+    """Two tiles of K; with K = 300 the planes of 3-, 5-, 6- and 7-bit formats start within a register."""
+    n, bk = 130, 256
+    codes = np.random.default_rng(0).integers(0, 2**format.bits, (k, n))
+    codes = jnp.asarray(codes if format.kind == "codebook" else codes - 2 ** (format.bits - 1), jnp.int8)
+    words, windows = packing.pack(codes, format), tile_tpu.windows(format, k, bk)
+    expected = codes if format.kind == "int" else numerics.decode_codes(codes, format)
+
+    def kernel(*refs: Any) -> None:
+        *words, out = refs
+        tile = tile_tpu.load(words, format, k, bk, pl.program_id(0))
+        out[...] = tile_tpu.codes(tile, format, out.dtype)
+
+    for dtype in (jnp.int8, BF16) if format.kind == "int" else (BF16, F32):
+        out = pl.pallas_call(
+            kernel,
+            out_shape=jax.ShapeDtypeStruct((k, n), dtype),
+            grid=(2, 2),
+            in_specs=[pl.BlockSpec((w.rows, 128), lambda i, j, w=w: (w.first + w.step * i, j)) for w in windows],
+            out_specs=pl.BlockSpec((bk, 128), lambda i, j: (i, j)),
+            interpret=True,
+        )(*[words] * len(windows))
+        np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(expected.astype(dtype), np.float32))
+
+
+@pytest.mark.parametrize(
+    "spec", [_spec(f, g) for f in FORMATS for g in (PerChannel(), PerGroup(32), PerGroup(768))], ids=str
+)
+@pytest.mark.parametrize("m", [1, 17, 300, 5000])
+def test_default_blocks(spec: QuantSpec, m: int):
+    """Tiles that a kernel can have, for sizes from one value to a large model's."""
+    for k, n, dtype in itertools.product((1, 100, 4096, 11000, 28672), (1, 130, 8192), (BF16, F32)):
+        blocks = matmul_tpu.default_blocks(m, k, n, spec, dtype)
+        assert blocks is not None and blocks.m % 16 == 0 and blocks.n % 128 == 0 and blocks.k % 256 == 0
+        group = matmul_tpu.group_size(k, spec)
+        assert group == k or blocks.k % group == 0 or group % blocks.k == 0
+        # twice the words, x, sums and result of a tile
+        held = 2 * blocks.k * blocks.n * spec.format.bits / 8 + 2 * blocks.m * blocks.k * jnp.dtype(dtype).itemsize
+        assert held + 3 * blocks.m * blocks.n * 4 < 16 * 2**20
+
+
+# --- The product -----------------------------------------------------------------------------------------------
+
+CASES = [(_spec(name, PerGroup(128)), "before") for name in FORMATS]
+CASES += [(_spec(name, PerChannel()), "after") for name in FORMATS]
+CASES += [(_spec(name, PerGroup(128)), "after") for name in ("int2", "int3", "int5", "int8", "nf4", "fp8_e4m3")]
+CASES += [
+    (_spec("int4", PerTensor()), "after"),
+    (_spec("int4", PerGroup(32)), "after"),
+    (_spec("int4", PerGroup(64)), "after"),
+    (_spec("int4", PerGroup(256)), "after"),
+    (_spec("int4", PerGroup(40)), "before"),
+    (_spec("int3", PerChannel(), zero_point=True), "after"),
+    (_spec("int4", PerGroup(64), zero_point=True, scale_dtype="bfloat16"), "after"),
+    (_spec("int4", PerGroup(64), zero_point=True, scale_dtype="bfloat16"), "before"),
+    (_spec("int8", PerGroup(128), zero_point=True, scale_dtype="float16"), "after"),
+    (_spec("int8", PerTensor(), zero_point=True, scale_dtype="bfloat16"), "before"),
+    (_spec("nf4", PerGroup(64), double_quant=True), "after"),
+]
+
+
+@pytest.mark.parametrize(("spec", "position"), CASES, ids=str)
+def test_every_format(spec: QuantSpec, position: Any):
+    """Two tiles along each axis, the second of each cut short; scales before or after the product."""
+    k = 300 if spec.granularity != PerGroup(40) else 1300
+    w, x = _pack(spec, k=k, n=130), _array(19, k, dtype=BF16)
+    blocks = Blocks(16, 128, 256 if k == 300 else 1280, position)
+    out = _run(x, w, casts=(BF16,), preferred_element_type=F32, blocks=blocks)
+    assert_product(out, x, _multiplied(w, position))
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_a_group_of_several_tiles(position: Any):
+    w, x = _pack(_spec("int4", PerGroup(512), zero_point=True), k=600, n=64), _array(5, 600, dtype=BF16)
+    out = _run(x, w, preferred_element_type=F32, blocks=Blocks(16, 128, 256, position))
+    assert_product(out, x, _multiplied(w, position))
+
+
+@pytest.mark.parametrize(("m", "position"), [(1, "after"), (600, "before")])
+def test_default_schedules(m: int, position: str):
+    spec = _spec("int4", PerGroup(64))
+    w, x = _pack(spec, k=500, n=200), _array(m, 500, dtype=BF16)
+    blocks = matmul_tpu.default_blocks(m, 500, 200, spec, BF16)
+    assert blocks is not None and blocks.scale == position
+    out = _run(x, w, casts=(BF16,))
+    assert out.dtype == BF16
+    assert_product(out, x, _multiplied(w, position))
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    m=st.sampled_from([1, 3, 17, 33]),
+    k=st.sampled_from([1, 7, 31, 100, 129, 255, 257, 1000]),
+    n=st.sampled_from([1, 10, 127, 129]),
+    name=st.sampled_from(sorted(FORMATS)),
+    granularity=st.sampled_from([PerTensor(), PerChannel(), PerGroup(32), PerGroup(128)]),
+    transpose=st.booleans(),
+)
+def test_awkward_sizes(m: int, k: int, n: int, name: str, granularity: Any, transpose: bool):
+    w = _pack(_spec(name, granularity), k=k, n=n)
+    x = _array(m, n if transpose else k, dtype=BF16)
+    out = _run(x, w, casts=(BF16,), preferred_element_type=F32, transpose=transpose)
+    matrix = np.asarray(w.matrix(), np.float64)
+    assert_product(out, x, matrix.T if transpose else matrix, weight_eps=float(jnp.finfo(BF16).eps))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        _spec("int4", PerGroup(64), zero_point=True),
+        _spec("int5", PerChannel()),
+        _spec("nf4", PerGroup(32)),
+        _spec("fp8_e4m3", PerTensor(), scale_dtype="bfloat16"),
+    ],
+    ids=str,
+)
+def test_transpose(spec: QuantSpec):
+    w, x = _pack(spec, k=300, n=200), _array(19, 200, dtype=BF16)
+    out = _run(x, w, casts=(BF16,), preferred_element_type=F32, transpose=True, blocks=Blocks(16, 128, 256, "after"))
+    assert_product(out, x, _multiplied(w, "before").T)
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_stack_and_layer(stack: tuple[int, ...]):
+    """An index out of range is clamped, a negative one counts from the end."""
+    w = _pack(_spec("int3", PerGroup(128), zero_point=True), 3, *stack, k=300, n=20)
+    options: dict[str, Any] = {"preferred_element_type": F32, "blocks": Blocks(16, 128, 256, "after")}
+    x = _array(*stack, 5, 300, dtype=BF16)
+    run = jax.jit(lambda x, w, layer: _run(x, w, layer=layer, **options))
+    matrices = _multiplied(w, "after")
+    for layer, picked in ((0, 0), (7, 2), (-1, 2)):
+        assert_product(run(x, w, layer), x, matrices[picked])
+    x = _array(3, *stack, 5, 300, dtype=BF16)
+    assert_product(_run(x, w, **options), x, matrices)
+
+
+# --- Dtypes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+@pytest.mark.parametrize("precision", [None, "default", "highest", jax.lax.Precision.HIGH])
+def test_float32_is_rounded_as_the_precision_says(precision: Any, position: Any):
+    spec = _spec("int4", PerGroup(128))
+    w, x = _pack(spec, k=300, n=40), _array(9, 300)
+    out = _run(x, w, precision=precision, blocks=Blocks(16, 128, 256, position))
+    if precision in (None, "default"):
+        assert_product(out, x.astype(BF16), _multiplied(w, position))
+    else:
+        assert_product(out, x, w.matrix())
+
+
+def test_the_default_precision_is_that_of_the_configuration():
+    w, x = _pack(_spec("nf4", PerGroup(64)), k=300, n=40), _array(9, 300)
+    with jax.default_matmul_precision("float32"):
+        assert_product(_run(x, w), x, w.matrix())
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "w_dtype", "casts", "preferred"),
+    [
+        (BF16, F32, (BF16,), None),
+        (BF16, BF16, (), F32),
+        (F32, BF16, (F32,), None),
+        (F32, F32, (), BF16),
+        (jnp.float16, F32, (jnp.float16,), None),
+        (jnp.float16, jnp.float16, (), None),
+    ],
+)
+def test_dtypes(x_dtype: Any, w_dtype: Any, casts: tuple[Any, ...], preferred: Any):
+    """A float32 product has the weights rounded as the casts say; float16 is multiplied as float32."""
+    w, x = _pack(_spec("int4", PerGroup(128)), k=300, n=40, dtype=w_dtype), _array(9, 300, dtype=x_dtype)
+    out = _run(x, w, casts=casts, preferred_element_type=preferred, precision="highest")
+    if x_dtype == F32:
+        assert_product(out, x, w.matrix())
+    else:
+        eps = float(jnp.finfo(jnp.float16 if x_dtype == jnp.float16 else BF16).eps)
+        assert_product(out, x, w.matrix(), weight_eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("multiplies", {"x": jnp.int32}),
+        ("float16", {"casts": (jnp.float16,)}),
+        ("empty", {"m": 0}),
+        ("rows", {"order": "nk"}),
+        ("whole groups", {"spec": _spec("int4", PerGroup(100))}),
+        ("VMEM", {"spec": _spec("int7", PerGroup(128)), "k": 200_001}),
+    ],
+)
+def test_what_is_left_to_the_reference_has_a_reason(reason: str, change: dict[str, Any]):
+    k, order = change.get("k", 300), change.get("order", "kn")
+    spec = change.get("spec", _spec("int4", PerGroup(64)))
+    w = jax.eval_shape(lambda: _pack(spec, k=k, n=4, order=order))
+    x = jax.ShapeDtypeStruct((change.get("m", 3), k), change.get("x", F32))
+    assert reason in str(matmul_tpu.unsupported(x, w, change.get("casts", ()), jnp.dtype(F32)))
+
+
+@pytest.mark.parametrize("blocks", [Blocks(16, 128, 384, "after"), Blocks(16, 64, 256, "after")])
+def test_blocks_that_cut_registers_or_groups_are_an_error(blocks: Blocks):
+    w, x = _pack(_spec("int4", PerGroup(64)), k=300, n=4), _array(3, 300)
+    with pytest.raises(ValueError, match="must be a multiple"):
+        _run(x, w, blocks=blocks)
+
+
+def test_what_is_left_to_the_reference_is_multiplied():
+    w, x = _pack(_spec("int4", PerGroup(100)), k=300, n=4), _array(3, 300)
+    options: dict[str, Any] = {"casts": (), "precision": None, "preferred_element_type": None, "transpose": False}
+    assert_product(matmul_tpu.matmul(x, w, layer=None, **options), x, w.matrix())
+
+
+# --- In a program ----------------------------------------------------------------------------------------------
+
+
+def test_programs_for_tpu_call_the_kernel():
+    """One export for two platforms: the kernel for TPU, the blocked loop for CPU; its gradient too."""
+    w, x = _pack(_spec("int4", PerGroup(128)), k=512, n=256), _array(3, 512)
+    leaves, tree = jax.tree.flatten(w)
+
+    def loss(x: jax.Array, *leaves: jax.Array) -> jax.Array:
+        return jnp.sum(quantized_matmul(x, jax.tree.unflatten(tree, leaves)) ** 2)
+
+    exported = jax.export.export(jax.jit(jax.value_and_grad(loss)), platforms=("tpu", "cpu"))(x, *leaves)
+    assert exported.mlir_module().count("tpu_custom_call") == 2
+    m = np.asarray(w.matrix(), np.float64)
+    y = np.asarray(x, np.float64) @ m
+    value, grad = exported.call(x, *leaves)
+    np.testing.assert_allclose(value, np.sum(y**2), rtol=1e-5)
+    np.testing.assert_allclose(grad, 2 * y @ m.T, rtol=0, atol=1e-4 * np.abs(y).max() * 20)

@@ -1,0 +1,228 @@
+"""Every kernel compiles for every TPU, with the compiler that TPUs use and no TPU; none of this runs a kernel.
+
+Shapes are few but awkward: the numbers are right or wrong in `test_matmul_tpu` and `test_integer_matmul_tpu`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tpu_compile
+
+import qjax
+from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
+from pallas_kernels.integer_matmul import integer_matmul
+from pallas_kernels.matmul import quantized_matmul
+from pallas_kernels.qtensor import Layout, QTensor, quantize
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNEL = "tpu_custom_call"
+CHIPS = tuple(tpu_compile.CHIPS)
+Shape = jax.ShapeDtypeStruct
+
+
+def weight(spec: QuantSpec, k: int, n: int, lead: tuple[int, ...] = (), order: Any = "kn") -> QTensor:
+    """The shapes of a packed `(*lead, k, n)`."""
+    layout = Layout((*(((size, "stack"),) for size in lead[1:]), ((k, "k"),), ((n, "n"),)))
+    return jax.eval_shape(lambda w: quantize(w, spec, layout, order), Shape((*lead, k, n), jnp.float32))
+
+
+def spec(format: str, granularity: Any, scale: str = "float32", **options: Any) -> QuantSpec:
+    return QuantSpec(FORMATS[format], granularity, scale_dtype=scale, scale_rule=AbsMax(), **options)
+
+
+def compiled(function: Any, *args: Any, chip: str) -> str:
+    return tpu_compile.compile(function, *args, chip=chip).as_text()
+
+
+# --- Integer products ------------------------------------------------------------------------------------------
+
+# Format, granularity, dtype of its scales; order; zero points of x and of the weight; rows, K, N.
+INTEGER: list[tuple[str, Any, str, Any, str, int, int, int]] = [
+    ("int8", PerChannel(), "float32", "nk", "", 16, 4096, 1024),
+    ("int8", PerChannel(), "float32", "nk", "xw", 600, 2048, 1000),
+    ("int8", PerChannel(), "bfloat16", "kn", "x", 512, 1000, 512),
+    ("int8", PerTensor(), "float32", "kn", "w", 1, 100, 10),
+    ("int8", PerGroup(128), "float16", "kn", "", 32, 1024, 512),
+    ("int4", PerChannel(), "float32", "kn", "", 128, 11008, 512),
+    ("int4", PerGroup(128), "bfloat16", "kn", "", 16, 4096, 1024),
+    ("int4", PerGroup(128), "bfloat16", "kn", "xw", 129, 4000, 300),
+    ("int4", PerGroup(32), "bfloat16", "kn", "x", 1, 1000, 1000),
+    ("int4", PerGroup(64), "bfloat16", "kn", "", 512, 1024, 512),
+    ("int4", PerGroup(512), "bfloat16", "kn", "w", 600, 8192, 256),
+    ("int3", PerGroup(64), "bfloat16", "kn", "", 16, 4096, 512),
+    ("int3", PerGroup(32), "bfloat16", "kn", "x", 3, 1000, 130),
+    ("int2", PerGroup(16), "bfloat16", "kn", "", 17, 512, 129),
+    ("int5", PerChannel(), "float32", "kn", "", 16, 1024, 256),
+    ("int6", PerGroup(128), "bfloat16", "kn", "", 16, 1000, 256),
+    ("int7", PerChannel(), "float32", "kn", "", 16, 1000, 256),
+]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("row", INTEGER, ids=lambda row: "-".join(map(str, row)))
+def test_integer_products_compile(row: Any, chip: str):
+    format, granularity, scale, order, zeros, m, k, n = row
+    w = weight(spec(format, granularity, scale, zero_point="w" in zeros), k, n, order=order)
+    column = Shape((m, 1), jnp.float32)
+    operands = (Shape((m, k), jnp.int8), column, column if "x" in zeros else None, w)
+    assert KERNEL in compiled(lambda *o: integer_matmul(*o, out_dtype=jnp.bfloat16), *operands, chip=chip)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_experts_in_layers_compile(chip: str):
+    w = weight(spec("int4", PerGroup(128), "bfloat16"), 1024, 512, lead=(4, 3))
+    operands = (Shape((3, 8, 1024), jnp.int8), Shape((3, 8, 1), jnp.float32), w, Shape((), jnp.int32))
+    product = compiled(lambda x, s, w, i: integer_matmul(x, s, None, w, layer=i), *operands, chip=chip)
+    assert KERNEL in product
+
+
+# --- Weight-only products --------------------------------------------------------------------------------------
+
+# Format, granularity, dtype of its scales; dtype of x; rows, K, N.
+WEIGHT_ONLY: list[tuple[str, Any, str, Any, int, int, int]] = [
+    *((format, PerGroup(64), "bfloat16", "bfloat16", 16, 4096, 512) for format in FORMATS),
+    *((format, PerChannel(), "float32", "bfloat16", 3, 1000, 130) for format in ("int3", "int4", "int8", "nf4")),
+    ("int4", PerGroup(128), "bfloat16", "bfloat16", 512, 4096, 1024),
+    ("int4", PerGroup(128), "float32", "bfloat16", 129, 1000, 1000),
+    ("int4", PerGroup(32), "float16", "float32", 16, 1024, 512),
+    ("int4", PerTensor(), "float32", "float32", 1, 104, 10),
+    ("nf4", PerGroup(64), "bfloat16", "bfloat16", 512, 2048, 512),
+    ("int8", PerGroup(256), "bfloat16", "float32", 256, 1024, 512),
+]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("row", WEIGHT_ONLY, ids=lambda row: "-".join(map(str, row)))
+def test_weight_only_products_compile(row: Any, chip: str):
+    format, granularity, scale, dtype, m, k, n = row
+    zero_point = FORMATS[format].kind == "int" and k < 4096
+    w = weight(spec(format, granularity, scale, zero_point=zero_point), k, n)
+    assert KERNEL in compiled(quantized_matmul, Shape((m, k), jnp.dtype(dtype)), w, chip=chip)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_their_transpose_and_experts_in_layers_compile(chip: str):
+    """The derivative with respect to x multiplies by the transposed matrix."""
+    w = weight(spec("int4", PerGroup(128), "bfloat16"), 1024, 512, lead=(4, 3))
+    operands = (Shape((3, 8, 1024), jnp.bfloat16), w, Shape((), jnp.int32))
+
+    def loss(x: Any, w: QTensor, layer: Any) -> Any:
+        return jnp.sum(quantized_matmul(x, w, layer=layer) ** 2)
+
+    assert compiled(jax.grad(loss), *operands, chip=chip).count(f'custom_call_target="{KERNEL}"') == 2
+
+
+# --- Scanned layers --------------------------------------------------------------------------------------------
+
+LAYERS, WIDTH, HIDDEN = 32, 4096, 11008
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(", re.MULTILINE)
+_MOVES_NOTHING = {"parameter", "get-tuple-element", "bitcast"}
+
+
+def block(x: Any, up: Any, down: Any) -> Any:
+    return x + jax.nn.relu(x @ up) @ down
+
+
+def stacked(params: Any, x: Any) -> Any:
+    return jax.lax.scan(lambda x, p: (block(x, p["up"], p["down"]), None), x, params)[0]
+
+
+PARAMS = {
+    "up": Shape((LAYERS, WIDTH, HIDDEN), jnp.bfloat16),
+    "down": Shape((LAYERS, HIDDEN, WIDTH), jnp.bfloat16),
+}
+X = Shape((16, WIDTH), jnp.bfloat16)
+
+
+def moved(text: str, packed: Any) -> list[str]:
+    """Instructions that write as many integers as a layer of packed words has, of their type."""
+    words = jax.tree.leaves(packed, is_leaf=lambda a: isinstance(a, QTensor))
+    least = {f"s{8 * w.words.dtype.itemsize}": min(w.words.size // LAYERS for w in words) for w in words}
+    found = []
+    for dtype, shape, name in _INSTRUCTION.findall(text):
+        size = math.prod(int(d) for d in shape.split(",") if d)
+        if dtype in least and size >= least[dtype] and name not in _MOVES_NOTHING:
+            found.append(f"{name} {dtype}[{shape}]")
+    return found
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "int4"])
+def test_scanned_layers_read_the_packed_stack_in_place(recipe: str, chip: str):
+    """The kernel picks its layer out of the whole stack: nothing else touches the words."""
+    q = qjax.quantize(stacked, recipe)
+    packed = jax.eval_shape(q.convert, PARAMS, X)
+    text = compiled(q.apply, packed, X, chip=chip)
+    assert text.count(f'custom_call_target="{KERNEL}"') == 2
+    assert moved(text, packed) == []
+
+
+def test_a_stack_that_is_sliced_is_found():
+    """What the test above looks for is there when the words of each layer are sliced out of the stack."""
+    w = weight(spec("int4", PerGroup(128)), WIDTH, WIDTH, lead=(LAYERS,))
+
+    def sliced(x: Any, scale: Any, w: QTensor) -> Any:
+        return jax.lax.scan(lambda total, w: (total + integer_matmul(x, scale, None, w), None), 0.0 * x, w)[0]
+
+    text = compiled(sliced, Shape((16, WIDTH), jnp.int8), Shape((16, 1), jnp.float32), w, chip="v6e")
+    assert moved(text, w)
+
+
+# --- The schedules that benchmarks read ------------------------------------------------------------------------
+
+_LOOP = """
+import sys
+import jax, jax.numpy as jnp, tpu_compile
+from jax.experimental import pallas as pl
+
+def kernel(trips, x, out):
+    def body(i, total):
+        return total + jnp.dot(x[i], x[i], preferred_element_type=jnp.float32)
+    out[...] = jax.lax.fori_loop(0, trips, body, jnp.zeros((128, 128), jnp.float32))
+
+for trips in (64, 128):
+    call = pl.pallas_call(
+        lambda *refs: kernel(trips, *refs),
+        grid=(4,),
+        in_specs=[pl.BlockSpec((128, 128, 128), lambda i: (i, 0, 0))],
+        out_specs=pl.BlockSpec((128, 128), lambda i: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((512, 128), jnp.float32),
+        name="looped",
+    )
+    x = jax.ShapeDtypeStruct((512, 128, 128), jnp.bfloat16)
+    (looped,) = (s for name, s in tpu_compile.compile_scheduled(call, x, chip="v6e")[1].items() if "looped" in name)
+    print(looped.text.mxu, looped.step.mxu, looped.text.bundles, looped.step.bundles, looped.text.spills)
+"""
+
+
+def test_a_schedule_counts_a_loop_as_often_as_it_runs():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", _LOOP], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    once, twice = ([int(word) for word in line.split()] for line in done.stdout.splitlines())
+    assert once[0] == twice[0] > 0  # the text is the same
+    assert once[1] % 64 == 0 and twice[1] == 2 * once[1] > twice[0]
+    assert once[3] < twice[3] < 2 * once[3] and twice[3] > 64 * 8
+    assert once[4] == 0
+
+
+def test_schedules_are_written_from_the_start_or_not_at_all():
+    tpu_compile.compile(jnp.sin, Shape((8, 128), jnp.float32), chip="v6e")
+    with pytest.raises(RuntimeError, match="Call this first"):
+        tpu_compile.compile_scheduled(jnp.sin, Shape((8, 128), jnp.float32), chip="v6e")
+
+
+def test_an_unknown_chip_is_an_error():
+    with pytest.raises(ValueError, match="v5e, v5p, v6e, 7x"):
+        tpu_compile.compile(jnp.sin, Shape((8, 128), jnp.float32), chip="v7x")
