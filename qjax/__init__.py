@@ -1,5 +1,8 @@
 """qjax: the quantization compiler for JAX."""
 
+import importlib.util
+from typing import TYPE_CHECKING
+
 from pallas_kernels.activations import ActSpec as ActSpec
 from pallas_kernels.activations import EntropyRange as EntropyRange
 from pallas_kernels.activations import MinMax as MinMax
@@ -39,25 +42,8 @@ from pallas_kernels.qtensor import QTensor as QTensor
 from passes.plan import Plan as Plan
 from passes.plan import PlanError as PlanError
 from passes.plan import Rule as Rule
-from qjax.checkpoint import CheckpointError as CheckpointError
-from qjax.checkpoint import restore as restore
-from qjax.checkpoint import save as save
-from qjax.lora import LoraFunction as LoraFunction
-from qjax.lora import LoraLinen as LoraLinen
-from qjax.lora import LoraNNX as LoraNNX
-from qjax.lora import lora as lora
-from qjax.model import (
-    QuantizedFunction as QuantizedFunction,
-)
-from qjax.model import (
-    QuantizedLinen as QuantizedLinen,
-)
-from qjax.model import (
-    QuantizedNNX as QuantizedNNX,
-)
-from qjax.model import (
-    quantize as quantize,
-)
+from qjax.exported import ExportedModel as ExportedModel
+from qjax.exported import load_exported as load_exported
 from qjax.ranges import Calibration as Calibration
 from qjax.ranges import Schedule as Schedule
 from qjax.recipes import (
@@ -104,5 +90,32 @@ from qjax.recipes import (
 )
 from qjax.recipes import pact as pact
 from qjax.recipes import static as static
-from qjax.report import Comparison as Comparison
-from qjax.report import compare as compare
+from qjax.storage import CheckpointError as CheckpointError
+
+# A machine that serves an exported model needs no Flax.
+if TYPE_CHECKING or importlib.util.find_spec("flax"):
+    from qjax.checkpoint import restore as restore
+    from qjax.checkpoint import save as save
+    from qjax.export import export as export
+    from qjax.lora import LoraFunction as LoraFunction
+    from qjax.lora import LoraLinen as LoraLinen
+    from qjax.lora import LoraNNX as LoraNNX
+    from qjax.lora import lora as lora
+    from qjax.model import (
+        QuantizedFunction as QuantizedFunction,
+    )
+    from qjax.model import (
+        QuantizedLinen as QuantizedLinen,
+    )
+    from qjax.model import (
+        QuantizedNNX as QuantizedNNX,
+    )
+    from qjax.model import (
+        quantize as quantize,
+    )
+    from qjax.report import Comparison as Comparison
+    from qjax.report import compare as compare
+else:
+
+    def __getattr__(name: str):
+        raise AttributeError(f"qjax.{name} does not exist, or needs Flax, which is not installed: pip install flax.")

@@ -1,0 +1,278 @@
+"""Exports a decoder of the shape of Llama 3 8B for TPU from abstract weights, and compiles the artifact for a v5e chip.
+
+What this script gives: `benchmarks/export.md`. Nothing of that size is allocated and nothing runs: weights are shapes,
+and the compiler in `libtpu` says what one step of decoding takes in the 16 GB of the chip's memory. The artifact is
+compiled as a server would, from the exported file alone.
+
+    python scripts/export_llama.py            a few minutes on 2 cores
+    python scripts/export_llama.py --quick    two layers, one case, and nothing is written
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import re
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tpu_compile
+from flax import linen as nn
+from jax import export as jax_export
+from jax import lax
+
+import qjax
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "benchmarks" / "export.md"
+CHIP = "v5e"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of a decoder; those of Llama 3 8B (arXiv 2407.21783, table 3) by default."""
+
+    layers: int = 32
+    dim: int = 4096
+    hidden: int = 14336
+    heads: int = 32
+    kv_heads: int = 8
+    vocab: int = 128256
+    theta: float = 500_000.0
+    cache: int = 2048  # tokens that a sequence has room for
+    dtype: Any = jnp.bfloat16
+
+    @property
+    def head_dim(self) -> int:
+        """Values in one head."""
+        return self.dim // self.heads
+
+
+def rope(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
+    """Rotary embedding (arXiv 2104.09864) of [batch, 1, heads, dim] at one position, halves of the last axis paired."""
+    half = x.shape[-1] // 2
+    angles = position * theta ** (-jnp.arange(half) / half)
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Layer(nn.Module):
+    """One layer, for one step of decoding."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, None]:
+        """[batch, 1, dim] to the same, and nothing for the scan to stack."""
+        c = self.config
+        dense = partial(nn.DenseGeneral, use_bias=False, dtype=c.dtype, param_dtype=c.dtype)
+        norm = partial(nn.RMSNorm, epsilon=1e-5, dtype=c.dtype, param_dtype=c.dtype)
+
+        h = norm(name="attention_norm")(x)
+        q = rope(dense((c.heads, c.head_dim), name="q")(h), position, c.theta)
+        k = rope(dense((c.kv_heads, c.head_dim), name="k")(h), position, c.theta)
+        v = dense((c.kv_heads, c.head_dim), name="v")(h)
+        shape = (x.shape[0], c.cache, c.kv_heads, c.head_dim)
+        keys = self.variable("cache", "keys", jnp.zeros, shape, c.dtype)
+        values = self.variable("cache", "values", jnp.zeros, shape, c.dtype)
+        k = keys.value = lax.dynamic_update_slice_in_dim(keys.value, k, position, axis=1)
+        v = values.value = lax.dynamic_update_slice_in_dim(values.value, v, position, axis=1)
+        grouped = q.reshape(x.shape[0], 1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
+        scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k).astype(jnp.float32) / c.head_dim**0.5
+        weights = nn.softmax(jnp.where(jnp.arange(c.cache) <= position, scores, -jnp.inf)).astype(c.dtype)
+        attended = jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(q.shape)
+        x += dense(c.dim, axis=(-2, -1), name="out")(attended)
+
+        h = norm(name="mlp_norm")(x)
+        h = nn.silu(dense(c.hidden, name="gate")(h)) * dense(c.hidden, name="up")(h)
+        return x + dense(c.dim, name="down")(h), None
+
+
+class Decoder(nn.Module):
+    """One step of decoding: tokens [batch, 1] at a position to logits [batch, 1, vocab]."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, position: jax.Array) -> jax.Array:
+        """Logits of the token after those at `position`."""
+        c = self.config
+        x = nn.Embed(c.vocab, c.dim, dtype=c.dtype, param_dtype=c.dtype, name="embed")(tokens)
+        layers = nn.scan(
+            Layer,
+            variable_axes={"params": 0, "cache": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.layers,
+        )
+        x, _ = layers(c, name="layers")(x, position)
+        x = nn.RMSNorm(epsilon=1e-5, dtype=c.dtype, param_dtype=c.dtype, name="norm")(x)
+        return nn.Dense(c.vocab, use_bias=False, dtype=c.dtype, param_dtype=c.dtype, name="head")(x)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays."""
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table: recipe (None for the float model) and cache, sequences at a time, tokens in the cache."""
+
+    recipe: str | None
+    kv_cache: str | None
+    batch: int
+    cache: int
+
+
+CASES = (
+    Case(None, None, 1, 2048),
+    Case(None, None, 4, 2048),
+    Case("int8", None, 4, 2048),
+    Case("int4", None, 1, 2048),
+    Case("int4", None, 4, 2048),
+    Case("int4", None, 16, 2048),
+    Case("int4", "int8", 16, 2048),
+    Case("int4", "int8", 16, 4096),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one case takes, in bytes.
+
+    Attributes:
+        weights, cache: of the arrays.
+        artifact: the exported file.
+        arguments, temporary, peak: what the compiler plans; 0 where it refuses.
+        kernels: Pallas kernels in the compiled program.
+        seconds: to compile.
+        refused: what the compiler says where memory does not suffice; else empty.
+    """
+
+    weights: int
+    cache: int
+    artifact: int
+    arguments: int = 0
+    temporary: int = 0
+    peak: int = 0
+    kernels: int = 0
+    seconds: float = 0.0
+    refused: str = ""
+
+
+def run(case: Case, config: Config) -> Result:
+    """Exports one case from shapes, and compiles the file."""
+    config = dataclasses.replace(config, cache=case.cache)
+    model = Decoder(config)
+    inputs = jax.ShapeDtypeStruct((case.batch, 1), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    if case.recipe is None:  # the float program, exported in the same form
+        variables, cache = {"params": variables["params"]}, {"cache": variables["cache"]}
+
+        def step(weights: Any, state: Any, *inputs: jax.Array) -> Any:
+            return model.apply({**weights, **state}, *inputs, mutable=["cache"])
+
+        exported = jax_export.export(jax.jit(step, donate_argnums=1), platforms=["tpu"])(variables, cache, *inputs)
+        program = exported.serialize()
+    else:
+        recipe = {"int4": qjax.int4(group=128), "int8": qjax.int8()}[case.recipe]
+        q = qjax.quantize(model, recipe, kv_cache=case.kv_cache)
+        packed = jax.eval_shape(lambda v: q.convert(v, *inputs, mutable=["cache"]), variables)
+        with tempfile.TemporaryDirectory() as folder:
+            qjax.export(f"{folder}/llama", q, packed, *inputs, mutable=["cache"], platforms=["tpu"])
+            program = Path(f"{folder}/llama/programs/0.jax_export").read_bytes()
+    exported = jax_export.deserialize(bytearray(program))
+    (weights, state, *rest), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    sizes = Result(nbytes(weights), nbytes(state), len(program))
+    start = time.perf_counter()
+    try:
+        step = jax.jit(exported.call, donate_argnums=1)
+        compiled = tpu_compile.compile(step, weights, state, *rest, chip=CHIP)
+    except jax.errors.JaxRuntimeError as error:
+        sizes_in_gib = re.findall(r"(\d+\.\d+)G", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes_in_gib) < 2:
+            raise
+        refused = f"needs {sizes_in_gib[0]} of {sizes_in_gib[1]} GiB"
+        return dataclasses.replace(sizes, refused=refused, seconds=time.perf_counter() - start)
+    memory = compiled.memory_analysis()
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return dataclasses.replace(
+        sizes,
+        arguments=memory.argument_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        peak=memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs,
+        kernels=compiled.as_text().count('custom_call_target="tpu_custom_call"'),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two layers, one case, and nothing is written")
+    quick = parser.parse_args().quick
+    config = Config(layers=2) if quick else Config()
+    rows = []
+    for case in [Case("int4", None, 16, 2048)] if quick else CASES:
+        result = run(case, config)
+        rows.append((case, result))
+        print(case, result, flush=True)
+    if not quick:
+        TARGET.write_text(report(rows))
+
+
+def report(rows: list[tuple[Case, Result]]) -> str:
+    """The page."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu", "flax"))
+    intro = (
+        "A decoder of the shape of Llama 3 8B (32 scanned layers, 8.03 B parameters, grouped-query attention, a "
+        "key-value cache), one step of decoding for `batch` sequences with room for `tokens` each, exported by "
+        "`qjax.export` from shapes alone and compiled from the exported file alone for one core of TPU "
+        f"{CHIP}, on a machine without a TPU. Python {platform.python_version()}, {versions}, {datetime.date.today()}. "
+        "Embedding and head are quantized like the rest; norms stay bfloat16. The bfloat16 rows are the float model, "
+        "exported in the same form."
+    )
+    how = (
+        "Memory is what the TPU compiler plans (`memory_analysis`); nothing ran, so nothing here says how fast it is. "
+        "Arguments are weights, cache and tokens as they lie in the chip's memory, then as a multiple of the bytes of "
+        "the arrays. The cache is donated: the new one takes its place. Peak = arguments + temporary + outputs that "
+        "are no donated arguments. Kernels: calls of Pallas kernels in the compiled program, those in the body of the "
+        "scan counted once. Temporary is a second copy of the cache, in the float model too: XLA does not update the "
+        "stack of caches that the scan over layers reads and writes in place."
+    )
+    columns = {
+        "weights": lambda c, r: {None: "bfloat16", "int4": "int4/g128", "int8": "int8/channel"}[c.recipe],
+        "cache": lambda c, r: c.kv_cache or "bfloat16",
+        "batch": lambda c, r: c.batch,
+        "tokens": lambda c, r: f"{c.cache:,}",
+        "weights (GB)": lambda c, r: f"{r.weights / 1e9:.3f}",
+        "cache (GB)": lambda c, r: f"{r.cache / 1e9:.3f}",
+        "arguments (GB)": lambda c, r: f"{r.arguments / 1e9:.3f}" if r.arguments else "-",
+        "of arrays": lambda c, r: f"{r.arguments / (r.weights + r.cache):.4f}" if r.arguments else "-",
+        "temporary (GB)": lambda c, r: f"{r.temporary / 1e9:.3f}" if r.arguments else "-",
+        "peak (GB)": lambda c, r: f"{r.peak / 1e9:.3f}" if r.arguments else "-",
+        "fits": lambda c, r: f"no: {r.refused}" if r.refused else "yes",
+        "kernels": lambda c, r: r.kernels if r.arguments else "-",
+        "artifact (kB)": lambda c, r: f"{r.artifact / 1e3:.0f}",
+        "compile (s)": lambda c, r: f"{r.seconds:.0f}",
+    }
+    lines = [list(columns), ["---"] * 2 + ["--:"] * (len(columns) - 2)]
+    lines += [[column(case, result) for column in columns.values()] for case, result in rows]
+    table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return (
+        "<!-- Written by scripts/export_llama.py; run it again instead of editing. -->\n"
+        f"# An exported 8 B decoder on one 16 GB chip\n\n{intro}\n\n{how}\n\n{table}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
