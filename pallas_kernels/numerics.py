@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels.exact import FLOAT32_TINY, divide, finite, pairwise_sum, reciprocal, round_to
@@ -559,7 +560,7 @@ def check_finite(w: Any, path: str) -> None:
     Raises:
         ValueError: with the parameter's path, how many entries are not finite, the first of them and what to do.
     """
-    if isinstance(w, jax.core.Tracer):  # under `jax.jit` and `jax.eval_shape` there are no values to look at
+    if isinstance(w, Tracer):  # under `jax.jit` and `jax.eval_shape` there are no values to look at
         return
     ok = jnp.isfinite(jnp.asarray(w))
     if ok.all():

@@ -1,0 +1,244 @@
+"""What the TPU kernels ask of the chip, counted in the compiler's schedules; nothing runs on a TPU.
+
+Writes `benchmarks/tpu_static.md`: for each chip and kernel the instruction bundles and operations that 512 x 512 more
+weights in a tile cost, next to a bfloat16 kernel of the same tiling, and the spilled registers.
+
+    python scripts/bench_tpu.py                    about five minutes on 2 cores
+    python scripts/bench_tpu.py --chip v6e         one chip, and nothing is written
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tpu_compile
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from rich.console import Console
+from rich.table import Table
+
+from pallas_kernels import integer_matmul_tpu, matmul_tpu
+from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+from pallas_kernels.integer_matmul import group_size
+from pallas_kernels.qtensor import Layout, QTensor, quantize
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "benchmarks" / "tpu_static.md"
+K, N = 8192, 2048
+TILE_N = 512
+# Rows of x, and two depths of a tile: their difference is what weights cost, without what every tile costs.
+ROWS = {16: (1024, 2048), 256: (512, 1024)}
+UNIT = 512 * 512
+BFLOAT16 = "bfloat16"
+
+Shape = jax.ShapeDtypeStruct
+
+
+# --- Kernels ---------------------------------------------------------------------------------------------------
+
+
+def bfloat16(m: int, depth: int) -> tuple[Callable[..., Any], list[Any]]:
+    """A product of bfloat16 matrices, with the grid and the float32 accumulator of `matmul_tpu`."""
+
+    def kernel(x: Any, w: Any, out: Any, acc: Any) -> None:
+        step = pl.program_id(2)
+
+        @pl.when(step == 0)
+        def _() -> None:
+            acc[...] = jnp.zeros_like(acc)
+
+        acc[...] += jnp.dot(x[...], w[...], preferred_element_type=jnp.float32)
+
+        @pl.when(step == K // depth - 1)
+        def _() -> None:
+            out[...] = acc[...].astype(out.dtype)
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=Shape((m, N), jnp.bfloat16),
+        grid=(1, N // TILE_N, K // depth),
+        in_specs=[
+            pl.BlockSpec((m, depth), lambda i, j, t: (i, t)),
+            pl.BlockSpec((depth, TILE_N), lambda i, j, t: (t, j)),
+        ],
+        out_specs=pl.BlockSpec((m, TILE_N), lambda i, j, t: (i, j)),
+        scratch_shapes=[pltpu.VMEM((m, TILE_N), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+    )
+    return call, [Shape((m, K), jnp.bfloat16), Shape((K, N), jnp.bfloat16)]
+
+
+def packed(format: str, group: int | None, order: Any = "kn") -> QTensor:
+    granularity, scale = (PerGroup(group), "bfloat16") if group else (PerChannel(), "float32")
+    spec = QuantSpec(FORMATS[format], granularity, scale_dtype=scale, scale_rule=AbsMax())
+    layout = Layout((((K, "k"),), ((N, "n"),)))
+    return jax.eval_shape(lambda w: quantize(w, spec, layout, order), Shape((K, N), jnp.bfloat16))
+
+
+def weight_only(m: int, depth: int, *, format: str, group: int | None) -> tuple[Callable[..., Any], list[Any]]:
+    w = packed(format, group)
+    chosen = matmul_tpu.default_blocks(m, K, N, w.spec, jnp.bfloat16)
+    blocks = dataclasses.replace(chosen, m=m, n=TILE_N, k=depth)
+    options = {"layer": None, "casts": (), "precision": None, "preferred_element_type": None, "transpose": False}
+    call = functools.partial(matmul_tpu.matmul, **options, blocks=blocks)
+    return call, [Shape((m, K), jnp.bfloat16), w]
+
+
+def integer(
+    m: int, depth: int, *, format: str, group: int | None, order: Any = "kn"
+) -> tuple[Callable[..., Any], list[Any]]:
+    w = packed(format, group, order)
+    blocks = integer_matmul_tpu.Blocks(max(m, 32), TILE_N, depth)
+
+    def call(x: Any, scale: Any, w: QTensor) -> Any:
+        options: dict[str, Any] = {"layer": None, "out_dtype": jnp.bfloat16, "blocks": blocks}
+        return integer_matmul_tpu.matmul(x, scale, None, w, group=group_size(w), **options)
+
+    return call, [Shape((m, K), jnp.int8), Shape((m, 1), jnp.float32), w]
+
+
+KERNELS: dict[str, Callable[..., tuple[Callable[..., Any], list[Any]]]] = {
+    BFLOAT16: bfloat16,
+    "int8, per channel": functools.partial(weight_only, format="int8", group=None),
+    "int4, per channel": functools.partial(weight_only, format="int4", group=None),
+    "int4, groups of 128": functools.partial(weight_only, format="int4", group=128),
+    "int4, groups of 64": functools.partial(weight_only, format="int4", group=64),
+    "int3, groups of 128": functools.partial(weight_only, format="int3", group=128),
+    "NF4, groups of 64": functools.partial(weight_only, format="nf4", group=64),
+    "fp8 e4m3, per channel": functools.partial(weight_only, format="fp8_e4m3", group=None),
+    "w8a8, per channel": functools.partial(integer, format="int8", group=None, order="nk"),
+    "w4a8, per channel": functools.partial(integer, format="int4", group=None),
+    "w4a8, groups of 128": functools.partial(integer, format="int4", group=128),
+    "w4a8, groups of 32": functools.partial(integer, format="int4", group=32),
+}
+
+
+# Kernel, rows of x, and for each chip how many times the bundles of bfloat16 it may take.
+GOALS: list[tuple[str, int, dict[str, float]]] = [
+    ("int4, groups of 128", 16, {"v5e": 1.2, "v6e": 1.05, "7x": 1.05}),
+    ("NF4, groups of 64", 16, {"v5e": 2.5, "v6e": 2.5, "7x": 2.5}),
+    ("w8a8, per channel", 256, {"v5e": 1.0, "v6e": 1.0}),
+]
+
+
+# --- Counting --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What 512 x 512 weights of a tile ask for, and the registers that the deeper tile spills."""
+
+    bundles: float
+    mxu: float
+    valu: float
+    xlu: float
+    spills: int
+
+
+def cost(kernel: Callable[..., Any], m: int, chip: str) -> Cost:
+    small, large = (schedule(*kernel(m, depth), chip=chip) for depth in ROWS[m])
+    weights = (ROWS[m][1] - ROWS[m][0]) * TILE_N / UNIT
+
+    def slope(unit: str) -> float:
+        return (getattr(large.step, unit) - getattr(small.step, unit)) / weights
+
+    return Cost(*(slope(unit) for unit in ("bundles", "mxu", "valu", "xlu")), spills=large.text.spills)
+
+
+def schedule(call: Callable[..., Any], operands: list[Any], chip: str) -> tpu_compile.Schedule:
+    """That of the one kernel in a program."""
+    compiled, schedules = tpu_compile.compile_scheduled(call, *operands, chip=chip)
+    (name,) = re.findall(r'%([\w.\-]+) = [^\n]*custom_call_target="tpu_custom_call"', compiled.as_text())
+    return schedules[name]
+
+
+# --- Tables ----------------------------------------------------------------------------------------------------
+
+HEADER = ("kernel", *(f"{m} rows: {column}" for m in ROWS for column in ("bundles", "MXU", "VALU", "XLU", "spills")))
+
+
+def cells(name: str, costs: dict[int, Cost], base: dict[int, Cost]) -> list[str]:
+    out = [name]
+    for m, c in costs.items():
+        ratio = c.bundles / base[m].bundles
+        out += [f"{c.bundles:.0f} ({ratio:.2f})", f"{c.mxu:.0f}", f"{c.valu:.0f}", f"{c.xlu:.0f}", str(c.spills)]
+    return out
+
+
+def goals(costs: dict[str, dict[str, dict[int, Cost]]]) -> list[str]:
+    """What was aimed at, and what was reached: no more bundles than that, and no spills with few rows."""
+    lines = ["| kernel | rows | chip | goal | bundles | spills | |", "|---|--:|---|--:|--:|--:|---|"]
+    for kernel, m, most in GOALS:
+        for chip, limit in most.items():
+            one = costs[chip][kernel][m]
+            ratio = one.bundles / costs[chip][BFLOAT16][m].bundles
+            met = ratio <= limit and (m > 16 or one.spills == 0)
+            lines.append(
+                f"| {kernel} | {m} | {chip} | {limit:.2f} | {ratio:.2f} | {one.spills} | {'' if met else 'missed'} |"
+            )
+    return lines
+
+
+def rich_table(title: str, rows: list[list[str]]) -> Table:
+    out = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for i, name in enumerate(HEADER):
+        out.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def markdown(costs: dict[str, dict[str, dict[int, Cost]]]) -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
+    lines = [
+        "<!-- Written by scripts/bench_tpu.py; run it again instead of editing. -->",
+        "# Kernels for TPU: static counts",
+        "",
+        "**Nothing here ran on a TPU.** These are counts of instructions in the schedules of the TPU compiler, made on "
+        "a machine without one. A bundle is one instruction of all units and takes a cycle if nothing stalls. Waiting "
+        "for memory is not in it: with few rows of x, a kernel that has as many bundles as bfloat16 and a quarter of "
+        "its bytes to read is as fast as it is, four times as fast, or anything in between.",
+        "",
+        "Each number is what 512 x 512 more weights in a tile cost: the difference of a step of the grid with tiles of "
+        f"two depths ({' and '.join(f'{a} and {b} for {m} rows' for m, (a, b) in ROWS.items())}; {TILE_N} columns), "
+        "without what a step costs for itself. In parentheses the ratio to a bfloat16 kernel of the same tiling. MXU, "
+        "VALU and XLU are operations of the matrix unit, the vector arithmetic and the lane shuffles; spills those of "
+        "the text of the kernel with the deeper tile. The first kernel multiplies bfloat16, those after it bfloat16 "
+        "with packed weights, the last four int8 with packed weights. TPU 7x has no integer matrix unit: the compiler "
+        "emulates it. An integer product rounds and adds each group on its own, as training does: that costs vector "
+        "arithmetic for each group and result, so with many rows and small groups it is far slower than bfloat16.",
+        "",
+        f"{versions}, Python {platform.python_version()}, {datetime.date.today().isoformat()}.",
+    ]
+    for chip, kernels in costs.items():
+        lines += ["", f"## {chip}", "", f"| {' | '.join(HEADER)} |", "|---|" + "--:|" * (len(HEADER) - 1)]
+        lines += [f"| {' | '.join(cells(name, row, kernels[BFLOAT16]))} |" for name, row in kernels.items()]
+    lines += ["", "## Goals", "", "Bundles as a multiple of those of bfloat16; with 16 rows, no spills either.", ""]
+    lines += goals(costs)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--chip", choices=tuple(tpu_compile.CHIPS), help="only this one; print only")
+    only = parser.parse_args().chip
+    measured, console = {}, Console(width=200)
+    for chip in [only] if only else tpu_compile.CHIPS:
+        costs = measured[chip] = {name: {m: cost(kernel, m, chip) for m in ROWS} for name, kernel in KERNELS.items()}
+        console.print(rich_table(chip, [cells(name, row, costs[BFLOAT16]) for name, row in costs.items()]), "")
+    if not only:
+        TARGET.write_text(markdown(measured))
+        console.print(f"Wrote {TARGET.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
