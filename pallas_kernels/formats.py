@@ -285,6 +285,10 @@ class QuantSpec:
                 "Leave scale_dtype='float32'."
             )
 
+    def group_size(self, k: int) -> int:
+        """How many values along K = `k` share a scale, at least 1."""
+        return max(1, min(self.granularity.size, k) if isinstance(self.granularity, PerGroup) else k)
+
     def __str__(self) -> str:
         """Short form for tables: `int4/g64`, `int4z/g64` with a zero point, `nf4/g64/dq` double-quantized."""
         zero, double = "z" if self.zero_point else "", "/dq" if self.double_quant else ""

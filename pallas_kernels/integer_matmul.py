@@ -26,7 +26,6 @@ from jaxtyping import Array, Float, Int, Int8
 
 from pallas_kernels import integer_matmul_cpu, integer_matmul_tpu, numerics, packing, partition
 from pallas_kernels.exact import finite
-from pallas_kernels.formats import PerGroup
 from pallas_kernels.integer_matmul_cpu import rescale
 from pallas_kernels.matmul_reference import pick_layer
 from pallas_kernels.qtensor import QTensor
@@ -66,10 +65,10 @@ def integer_matmul(
             f"{list(stack)}, K={w.layout.k}, N={w.layout.n}: x must be (*stack, rows, {w.layout.k}), one scale a row."
         )
     levels = -w.spec.format.qmin if w.scales.zero is None else 2 * -w.spec.format.qmin
-    largest = group_size(w) * (128 if zero is None else 255) * levels
+    largest = w.group_size * (128 if zero is None else 255) * levels
     if largest >= 2**31:
         raise TypeError(
-            f"qjax: integer_matmul sums {group_size(w)} products of 8-bit activations and {w.spec} weights, up to "
+            f"qjax: integer_matmul sums {w.group_size} products of 8-bit activations and {w.spec} weights, up to "
             f"{largest}, which does not fit into 32 bits. Give the weight a scale for each group: PerGroup(128)."
         )
     leaves, tree = jax.tree.flatten(w)
@@ -95,7 +94,7 @@ def matmul_reference(
     codes = packing.unpack(words, w.spec.format, w.layout.k)  # int8 (*stack, K, N)
     values = numerics.resolve_scales(scales)  # (*stack, G, N or 1)
     k = w.layout.k
-    size = group_size(w)
+    size = w.group_size
     whole = k // size
     stack = tuple(range(x.ndim - 2))
     numbers = (((x.ndim - 1,), (x.ndim - 2,)), (stack, stack))
@@ -103,8 +102,8 @@ def matmul_reference(
     rows = x if zero is None else jnp.concatenate([x, jnp.ones_like(x, shape=(*x.shape[:-2], 1, k))], axis=-2)
 
     def group(out: Array, g: Any, size: int) -> Array:
-        cx = lax.dynamic_slice_in_dim(rows, g * group_size(w), size, axis=-1)
-        cw = lax.dynamic_slice_in_dim(codes, g * group_size(w), size, axis=-2)
+        cx = lax.dynamic_slice_in_dim(rows, g * w.group_size, size, axis=-1)
+        cw = lax.dynamic_slice_in_dim(codes, g * w.group_size, size, axis=-2)
         dot = lax.dot_general(cx, cw, numbers, preferred_element_type=jnp.int32)
         m = x.shape[-2]
         acc, columns = dot[..., :m, :], dot[..., m:, :]
@@ -126,21 +125,10 @@ def matmul_reference(
     return rescale(out, scale, out_dtype)
 
 
-def group_size(w: QTensor) -> int:
-    """Values along K that share a scale, at least 1."""
-    k = max(1, w.layout.k)
-    return min(w.spec.granularity.size, k) if isinstance(w.spec.granularity, PerGroup) else k
-
-
-def _cpu(x: Array, scale: Array, zero: Array | None, w: QTensor, **options: Any) -> Array:
-    return integer_matmul_cpu.matmul(x, scale, zero, w, group=group_size(w), **options)
-
-
 def _tpu(x: Array, scale: Array, zero: Array | None, w: QTensor, **options: Any) -> Array:
-    group = group_size(w)
-    if integer_matmul_tpu.unsupported(x.shape, w, group) is not None:
+    if integer_matmul_tpu.unsupported(x.shape, w) is not None:
         return matmul_reference(x, scale, zero, w, **options)
-    return integer_matmul_tpu.matmul(x, scale, zero, w, group=group, **options)
+    return integer_matmul_tpu.matmul(x, scale, zero, w, **options)
 
 
 def _unflatten(operands: Any, params: dict[str, Any]) -> tuple[Any, Any, Any, QTensor, Any]:
@@ -209,6 +197,6 @@ def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
 ad.primitive_jvps[integer_matmul_p] = _jvp
 batching.primitive_batchers[integer_matmul_p] = _batch
 # A kernel is a row: what one device runs on that platform.
-for _platform, _kernel in {None: matmul_reference, "cpu": _cpu, "tpu": _tpu}.items():
+for _platform, _kernel in {None: matmul_reference, "cpu": integer_matmul_cpu.matmul, "tpu": _tpu}.items():
     _rule = partition.lowering(_with(partition.integer_matmul(_kernel)), plain=_with(partition.plain_integer_matmul))
     mlir.register_lowering(integer_matmul_p, _rule, platform=_platform)

@@ -52,7 +52,6 @@ def matmul(
     zero: Float[Array, "*stack M 1"] | None,
     w: QTensor,
     *,
-    group: int,
     layer: Int[Array, ""] | int | None,
     out_dtype: Any,
 ) -> Float[Array, "*stack M N"]:
@@ -60,9 +59,9 @@ def matmul(
 
     Args:
         x, scale, zero, w, layer, out_dtype: as for `integer_matmul`.
-        group: values along K that share a scale.
     """
     *stack, m, k = x.shape
+    group = w.group_size
     n, matrices = w.layout.n, math.prod(stack)
     if 0 in (*x.shape, n):
         return jnp.zeros((*stack, m, n), out_dtype)

@@ -74,16 +74,16 @@ class Blocks:
     k: int
 
 
-def default_blocks(m: int, w: QTensor, group: int) -> Blocks:
-    """Tiles for `m` rows of x and `group` values along K to a scale, chosen by size.
+def default_blocks(m: int, w: QTensor) -> Blocks:
+    """Tiles for `m` rows of x, chosen by size.
 
     With few rows the time goes to reading the weight, and tiles are deep. With many, the larger the tile of the result
     the fewer times anything is read.
     """
     few, n = m <= 64, w.layout.n
     bm = _up(m, _ROWS) if m <= 512 else _up(pl.cdiv(m, pl.cdiv(m, 512)), LANES)
-    chosen = Blocks(bm, min(_up(n, LANES), 512), _depth(w.layout.k, group, 4096 if few else 1024))
-    while _vmem_bytes(chosen, w, group) > _VMEM and max(chosen.m, chosen.n) > LANES:
+    chosen = Blocks(bm, min(_up(n, LANES), 512), _depth(w.layout.k, w.group_size, 4096 if few else 1024))
+    while _vmem_bytes(chosen, w) > _VMEM and max(chosen.m, chosen.n) > LANES:
         if chosen.n > LANES and chosen.n >= chosen.m:
             chosen = dataclasses.replace(chosen, n=_up(chosen.n // 2, LANES))
         else:
@@ -100,13 +100,13 @@ def _depth(k: int, group: int, most: int) -> int:
     return _up(pl.cdiv(k, tiles), unit)
 
 
-def _vmem_bytes(blocks: Blocks, w: QTensor, group: int) -> int:
+def _vmem_bytes(blocks: Blocks, w: QTensor) -> int:
     """What windows (twice, as the next is read meanwhile), scratch and the largest values take."""
     m, n, k = blocks.m + _ROWS, blocks.n + LANES, blocks.k
     rows = k if w.order == "nk" else sum(part.rows for part in tile_tpu.windows(w.spec.format, w.layout.k, k))
     words = rows * n * (1 if w.spec.format.bits == 8 else 4)
-    groups = pl.cdiv(w.layout.k, group)
-    copies = max(1, LANES // group) if groups > 1 else 1
+    groups = pl.cdiv(w.layout.k, w.group_size)
+    copies = max(1, LANES // w.group_size) if groups > 1 else 1
     windows = 2 * (m * k + words + 6 * groups * n + 4 * m * n)
     return windows + 8 * groups * n + k * n + copies * m * LANES + (2 + copies) * 4 * m * n
 
@@ -115,9 +115,9 @@ def _up(size: int, unit: int) -> int:
     return pl.cdiv(size, unit) * unit
 
 
-def unsupported(shape: tuple[int, ...], w: QTensor, group: int) -> str | None:
-    """Why x of this shape times this weight, `group` values to a scale, is left to the reference; None if it is not."""
-    k = w.layout.k
+def unsupported(shape: tuple[int, ...], w: QTensor) -> str | None:
+    """Why x of this shape times this weight is left to the reference; None if it is not."""
+    k, group = w.layout.k, w.group_size
     if 0 in (*shape, w.layout.n):
         return "there is nothing to multiply"
     if w.order == "nk" and (w.spec.format.bits < 8 or group < k):
@@ -212,7 +212,6 @@ def matmul(
     zero: Float[Array, "*stack M 1"] | None,
     w: QTensor,
     *,
-    group: int,
     layer: Int[Array, ""] | int | None,
     out_dtype: Any,
     blocks: Blocks | None = None,
@@ -222,15 +221,14 @@ def matmul(
 
     Args:
         x, scale, zero, w, layer, out_dtype: as for `integer_matmul`; no axis is empty.
-        group: values along K that share a scale.
         blocks: sizes of the tiles; by default `default_blocks` chooses.
         interpret: run the kernel as plain JAX operations, on any platform.
     """
     *stack, m, k = x.shape
     n, matrices = w.layout.n, math.prod(stack)
-    size = blocks or default_blocks(m, w, group)
+    size = blocks or default_blocks(m, w)
     scales = w.matrix_arrays()[1]
-    product = _Product(m, k, w.spec.format, w.order, group, zero is not None, scales.zero is not None, size)
+    product = _Product(m, k, w.spec.format, w.order, w.group_size, zero is not None, scales.zero is not None, size)
 
     first = first_scales = jnp.zeros((), jnp.int32)
     if layer is not None:

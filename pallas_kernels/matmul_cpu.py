@@ -27,7 +27,6 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import matmul_reference, numerics, packing
-from pallas_kernels.formats import PerGroup
 from pallas_kernels.qtensor import Layout, QTensor
 
 # Values of one block: 4 MiB of float32. At K = N = 4096, half of it is a tenth slower from 128 rows of x on, and twice
@@ -91,10 +90,6 @@ def matmul(
 # --- Blocks ----------------------------------------------------------------------------------------------------
 
 
-def _group(w: QTensor) -> int:
-    return min(w.spec.granularity.size, w.layout.k) if isinstance(w.spec.granularity, PerGroup) else w.layout.k
-
-
 def planes(w: QTensor) -> list[tuple[int, int]]:
     """First row and bits of a field for each plane of a column's packed words; an 8-bit code counts as a word."""
     found, row = [], 0
@@ -113,7 +108,7 @@ def _block_size(w: QTensor, target: int) -> int | None:
         size = max(1, target)
         # the blocks of double quantization run along (N, G): its scales have no plain form in this order
         return size if size < w.layout.n and not w.spec.double_quant else None
-    k, group = w.layout.k, _group(w)
+    k, group = w.layout.k, w.group_size
     unit = max(packing.WORD_BITS // width for _, width in planes(w))
     if group < k:
         parts = [size for size in range(unit, min(target, group) + 1, unit) if group % size == 0]
@@ -144,7 +139,7 @@ class _Matrix:
                 for row, width in planes(w)
             ]
             words, k = jnp.concatenate(parts) if len(parts) > 1 else parts[0], rows
-            first, count = i * size // _group(w), -(-rows // _group(w))
+            first, count = i * size // w.group_size, -(-rows // w.group_size)
         scales = jax.tree.map(
             lambda a: a if a.shape[0] == 1 else lax.dynamic_slice_in_dim(a, first, count, axis=0), self.scales
         )
@@ -221,7 +216,7 @@ def _without_dot(x: Float[Array, "1 K"], matrix: _Matrix, step: int) -> Float[Ar
 def _multiply_and_add(x: Float[Array, " K"], w: QTensor) -> Float[Array, " N"]:
     """`x @ w` spelled out, code by code: elementwise along N, one fused loop."""
     scales, zero = numerics.resolve_scales(w.scales), w.scales.zero
-    k, group = w.layout.k, _group(w)
+    k, group = w.layout.k, w.group_size
     out = jnp.zeros((w.layout.n,), jnp.float32)
     for g, start in enumerate(range(0, k, group)):
         terms = []

@@ -4,6 +4,11 @@ The grid runs over the stack, over tiles of the result, and along what is contra
 index of a layer is prefetched, so that its words are read from the whole stack and nothing is sliced or copied. Sizes
 are any: Pallas cuts the edges of the result, and what lies beyond the contracted axis counts as zero.
 
+**Lookup tables** (order "nk") have the words of a column in a row. A tile of 32-bit words is transposed before it is
+unpacked, an eighth of the work that 4-bit codes would be, and is then like any other. Codes of 8 bits stay: the product
+contracts the last axes of both. Where a row does not fill registers, XLA lays the array out along the other axis, so
+that a transpose outside of the kernel moves nothing: that is how scales enter, and the words of such tables.
+
 **Where scales go.** Before the product, into every value of the tile: some four operations for a vector register of
 weights. Or after it, into the sums over a group: two operations for a register of results of each group, which is
 cheaper for few rows of x, and always for one scale over all of K. `default_blocks` chooses. The transposed product, and
@@ -34,6 +39,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import matmul_reference, numerics, tile_tpu
 from pallas_kernels.formats import PerGroup, QuantSpec
+from pallas_kernels.packing import WORD_BITS
 from pallas_kernels.qtensor import QTensor
 from pallas_kernels.tile_tpu import K_MULTIPLE, LANES, SUBLANES
 
@@ -74,7 +80,7 @@ def matmul(
         blocks: how to cut the product, if not as `default_blocks` says.
         interpret: runs the kernel as XLA operations, on any platform.
     """
-    chain = (w.dtype, *casts)
+    chain, order = (w.dtype, *casts), _order(w)
     out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, chain[-1]))
     if unsupported(x, w, casts, out_dtype):
         return matmul_reference.matmul(
@@ -90,7 +96,7 @@ def matmul(
     dtype = jnp.dtype(jnp.bfloat16 if one_pass else jnp.float32)
     rounding = tuple(d for d in chain if d == jnp.bfloat16) if dtype == jnp.float32 else ()
     *stack, m, _ = x.shape
-    blocks = blocks or default_blocks(m, w.layout.k, w.layout.n, w.spec, dtype)
+    blocks = blocks or default_blocks(m, w.layout.k, w.layout.n, w.spec, dtype, order)
     assert blocks is not None  # `unsupported` asks for fewer rows
     group = group_size(w.layout.k, w.spec)
     whole = group == w.layout.k
@@ -101,18 +107,24 @@ def matmul(
         )
     if transpose or rounding or not (whole or _cuts_depth(group)):
         blocks = dataclasses.replace(blocks, scale="before")
-    product = _Product(w.spec, w.layout.k, w.layout.n, transpose, blocks, dtype, rounding)
+    product = _Product(w.spec, w.layout.k, w.layout.n, order, transpose, blocks, dtype, rounding)
 
     layers = 1 if layer is None else w.words.shape[0]
     index = jnp.asarray(0 if layer is None else layer, jnp.int32)
     index = jnp.clip(jnp.where(index < 0, index + layers, index), 0, layers - 1)  # as lax.dynamic_index_in_dim
+    words, scales = w.matrix_arrays()
+    index_of_scales = index
+    if layer is not None and (w.spec.double_quant or scales.values.dtype == jnp.float16):
+        # they are converted: those of one layer, not of all
+        scales = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, 0), scales)
+        index_of_scales = jnp.zeros_like(index)
     words, scales = jax.tree.map(
-        lambda a: _no_float16(a).reshape(layers, math.prod(stack), *a.shape[-2:]),
-        (w.words, numerics.plain_scales(w.scales)),
+        lambda a: _no_float16(a).reshape(-1, math.prod(stack), *a.shape[-2:]),
+        (words if order == "kn" else w.words, numerics.plain_scales(scales)),
     )
     x = _no_float16(x).reshape(math.prod(stack), m, x.shape[-1])
     written = jnp.dtype(jnp.float32) if out_dtype == jnp.float16 else out_dtype
-    out = _call(product, index, x, words, scales, written, interpret)
+    out = _call(product, jnp.stack([index, index_of_scales]), x, words, scales, written, interpret)
     return out.reshape(*stack, m, out.shape[-1]).astype(out_dtype)
 
 
@@ -125,14 +137,17 @@ def unsupported(x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any) -> s
         return "no TPU rounds weights to float16"
     if 0 in (*x.shape, *w.words.shape):
         return "empty"
-    if w.order == "nk":
-        return "words are packed along rows"
     group = group_size(w.layout.k, w.spec)
-    if group != w.layout.k and (group % SUBLANES or _k_unit(w.layout.k, w.spec) > _MOST_K):
+    if group != w.layout.k and (group % SUBLANES or _k_unit(w.layout.k, w.spec, _order(w)) > _MOST_K):
         return "no tile holds whole groups"
-    if default_blocks(1, w.layout.k, w.layout.n, w.spec, jnp.float32) is None:
+    if default_blocks(1, w.layout.k, w.layout.n, w.spec, jnp.float32, _order(w)) is None:
         return "the rows of a column do not fit into VMEM"
     return None
+
+
+def _order(w: QTensor) -> str:
+    """The order in which the kernel reads the words."""
+    return w.order if w.words.shape[-1] % LANES == 0 else "kn"
 
 
 def _no_float16(a: Array) -> Array:
@@ -157,7 +172,7 @@ _DEPTH = 128  # of the matrix unit; from v6e on it is twice that, but with group
 _STEP = 128  # a step of the grid takes about as long as so many rows of a tile more
 
 
-def default_blocks(m: int, k: int, n: int, spec: QuantSpec, dtype: Any) -> Blocks | None:
+def default_blocks(m: int, k: int, n: int, spec: QuantSpec, dtype: Any, order: str = "kn") -> Blocks | None:
     """A choice by shape alone.
 
     Few rows of x read the weight once: tiles are long, so that there is enough to read in each step. With many rows the
@@ -168,11 +183,12 @@ def default_blocks(m: int, k: int, n: int, spec: QuantSpec, dtype: Any) -> Block
         k, n: sizes of the weight's matrix.
         spec: of the weight.
         dtype: of the operands of the product.
+        order: of the words as the kernel reads them.
 
     Returns:
         Blocks, or None if no tile fits into VMEM.
     """
-    group, unit = group_size(k, spec), _k_unit(k, spec)
+    group, unit = group_size(k, spec), _k_unit(k, spec, order)
     bm = _round_up(-(-m // -(-m // _MOST_M)), 16)
     most_n, most_k = (512, 2048) if bm <= 64 else (1024, 512)
     halvings = sorted(itertools.product(range(6), range(4), range(4)), key=lambda h: (h[0], sum(h), h))
@@ -184,7 +200,7 @@ def default_blocks(m: int, k: int, n: int, spec: QuantSpec, dtype: Any) -> Block
             k=_tile(k, unit, max(unit, most_k >> less_k), 1 if group == k else group),
             scale="after" if group == k or (_cuts_depth(group) and 2 * rows <= group) else "before",
         )
-        if _vmem(blocks, k, n, spec, dtype) <= _VMEM:
+        if _vmem(blocks, k, spec, dtype, order) <= _VMEM:
             return blocks
     return None
 
@@ -199,10 +215,14 @@ def _cuts_depth(group: int) -> bool:
     return group % _DEPTH == 0 or _DEPTH % group == 0
 
 
-def _k_unit(k: int, spec: QuantSpec) -> int:
+def _k_unit(k: int, spec: QuantSpec, order: str) -> int:
     """Tiles are multiples of this along K, which cuts no word."""
-    group = group_size(k, spec)
-    return K_MULTIPLE if group == k or group % K_MULTIPLE == 0 else math.lcm(K_MULTIPLE, group)
+    group, bits = group_size(k, spec), spec.format.bits
+    unit = K_MULTIPLE if group == k or group % K_MULTIPLE == 0 else math.lcm(K_MULTIPLE, group)
+    if order == "nk" and bits in (2, 4):  # words of a tile fill lanes, so that it has a window of its own
+        filled = math.lcm(unit, LANES * WORD_BITS // bits)
+        return filled if filled < k and filled <= _MOST_K else unit
+    return unit
 
 
 def _tile(size: int, unit: int, most: int, group: int = 1) -> int:
@@ -216,14 +236,16 @@ def _cuts_groups(tile: int, group: int) -> bool:
     return tile % group == 0 or group % tile == 0
 
 
-def _vmem(blocks: Blocks, k: int, n: int, spec: QuantSpec, dtype: Any) -> int:
+def _vmem(blocks: Blocks, k: int, spec: QuantSpec, dtype: Any, order: str) -> int:
     """Bytes of the windows, each of which Pallas holds twice, of the scratch and of the tile."""
     size = jnp.dtype(dtype).itemsize
     m, bn, bk = blocks.m, blocks.n, blocks.k
-    words = sum(w.rows for w in tile_tpu.windows(spec.format, k, bk)) * bn * (1 if spec.format.bits == 8 else 4)
+    turned = order == "nk" and spec.format.bits < 8
+    windows = tile_tpu.windows(spec.format, k, bk, LANES if turned else 1)
+    words = sum(w.rows for w in windows) * bn * (1 if spec.format.bits == 8 else 4)
     scales = -(-k // group_size(k, spec)) * bn * 4 * (2 if spec.zero_point else 1)
     windows = m * max(bk, bn) * 4 + words + scales + m * max(bn, bk) * size
-    return 2 * windows + m * bn * 4 + scales + bk * bn * size
+    return 2 * windows + m * bn * 4 + scales + bk * bn * size + (words if turned else 0)
 
 
 def _round_up(size: int, unit: int) -> int:
@@ -238,6 +260,7 @@ class _Product:
     """What the kernel has to know beside its operands: sizes K and N, and dtypes.
 
     Attributes:
+        order: of the words, "kn" or "nk".
         dtype: of the operands of the dot.
         rounding: narrower dtypes that a weight is rounded to before.
     """
@@ -245,6 +268,7 @@ class _Product:
     spec: QuantSpec
     k: int
     n: int
+    order: str
     transpose: bool
     blocks: Blocks
     dtype: Any
@@ -258,6 +282,21 @@ class _Product:
     def whole(self) -> bool:
         """Whether all of K shares a scale."""
         return self.group == self.k
+
+    @property
+    def rows_of_codes(self) -> bool:
+        """Whether the tile of codes is `(N, K)`: in order "nk", where they are not packed."""
+        return self.order == "nk" and self.spec.format.bits == 8
+
+    @property
+    def rows_of_words(self) -> bool:
+        """Whether the windows of words are `(N, R)`, to be transposed: in order "nk", where they are packed."""
+        return self.order == "nk" and self.spec.format.bits < 8
+
+    @property
+    def windows(self) -> list[tile_tpu.Window]:
+        """Those of the words along K."""
+        return tile_tpu.windows(self.spec.format, self.k, self.blocks.k, LANES if self.rows_of_words else 1)
 
     @property
     def contracted(self) -> tuple[int, int]:
@@ -277,41 +316,55 @@ class _Product:
 
 def _call(
     product: _Product,
-    layer: Int[Array, ""],
+    layers: Int[Array, " 2"],
     x: Float[Array, "B M _"],
-    words: Int[Array, "L B R N"],
+    words: Int[Array, "L B _ _"],
     scales: numerics.Scales,
     out_dtype: jnp.dtype,
     interpret: bool,
 ) -> Float[Array, "B M _"]:
-    """The product with each matrix of one layer of the stack."""
+    """The product with each matrix of one layer of the stack.
+
+    Args:
+        product: what is computed.
+        layers: index of the layer of the words, and of that of the scales.
+        x, words, scales: operands; the words in the order of the product, the scales in order "kn".
+        out_dtype: of the result.
+        interpret: as for `matmul`.
+    """
     (inner, inner_tile), (outer, outer_tile), blocks = product.contracted, product.produced, product.blocks
     stack, m, _ = x.shape
 
-    def window(rows: int, columns: int, move: Callable[[Any, Any], tuple[Any, Any]]) -> pl.BlockSpec:
-        def index(b: Any, _: Any, o: Any, s: Any, layer: Any) -> tuple[Any, ...]:
-            return (layer[0], b, *(move(o, s) if product.transpose else move(s, o)))
+    def window(which: int, shape: tuple[int, int], move: Callable[[Any, Any], tuple[Any, Any]]) -> pl.BlockSpec:
+        def index(b: Any, _: Any, o: Any, s: Any, layers: Any) -> tuple[Any, ...]:
+            return (layers[which], b, *(move(o, s) if product.transpose else move(s, o)))
 
-        return pl.BlockSpec((None, None, rows, columns), index)
+        return pl.BlockSpec((None, None, *shape), index)
 
-    parts = tile_tpu.windows(product.spec.format, product.k, blocks.k)
+    def window_of_words(part: tile_tpu.Window) -> pl.BlockSpec:
+        if product.order == "nk":
+            return window(0, (blocks.n, part.rows), lambda k, n: (n, part.first + part.step * k))
+        return window(0, (part.rows, blocks.n), lambda k, n: (part.first + part.step * k, n))
+
+    parts = product.windows
     small = [a for a in (scales.values, scales.zero) if a is not None]
     columns = blocks.n if scales.values.shape[-1] == product.n else 1
     copied = [product.transpose or columns == 1 or a.dtype != jnp.float32 for a in small]
     return pl.pallas_call(
-        functools.partial(_kernel, product, len(parts), copied),
+        functools.partial(_kernel, product, copied),
         out_shape=jax.ShapeDtypeStruct((stack, m, outer), out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(stack, pl.cdiv(m, blocks.m), pl.cdiv(outer, outer_tile), pl.cdiv(inner, inner_tile)),
             in_specs=[
-                pl.BlockSpec((None, blocks.m, inner_tile), lambda b, i, o, s, layer: (b, i, s)),
-                *(window(p.rows, blocks.n, lambda k, n, p=p: (p.first + p.step * k, n)) for p in parts),
-                *(window(a.shape[-2], columns, lambda k, n: (0, n if columns > 1 else 0)) for a in small),
+                pl.BlockSpec((None, blocks.m, inner_tile), lambda b, i, o, s, layers: (b, i, s)),
+                *map(window_of_words, parts),
+                *(window(1, (a.shape[-2], columns), lambda k, n: (0, n if columns > 1 else 0)) for a in small),
             ],
-            out_specs=pl.BlockSpec((None, blocks.m, outer_tile), lambda b, i, o, s, layer: (b, i, o)),
+            out_specs=pl.BlockSpec((None, blocks.m, outer_tile), lambda b, i, o, s, layers: (b, i, o)),
             scratch_shapes=[
                 pltpu.VMEM((blocks.m, outer_tile), jnp.float32),
+                *(pltpu.VMEM((part.rows, blocks.n), jnp.int32) for part in parts if product.rows_of_words),
                 *(pltpu.VMEM((a.shape[-2], blocks.n), jnp.float32) for a in itertools.compress(small, copied)),
             ],
         ),
@@ -323,22 +376,22 @@ def _call(
         ),
         name="quantized_matmul",
         interpret=interpret,
-    )(layer[None], x, *[words] * len(parts), *small)
+    )(layers, x, *[words] * len(parts), *small)
 
 
-def _kernel(product: _Product, parts: int, copied: Sequence[bool], _: Any, x_ref: Any, *refs: Any) -> None:
+def _kernel(product: _Product, copied: Sequence[bool], _: Any, x_ref: Any, *refs: Any) -> None:
     """Adds the product of two tiles to the sum; after the last one that is written to the result.
 
     Args:
         product: what is computed.
-        parts: how many of `refs` are windows of the words; scales and zero points follow.
-        copied: which of the latter have a float32 copy. Mosaic takes a single row at an index that is only known at run
-            time from float32, but not from narrower dtypes.
+        copied: which of scales and zero points have a float32 copy. Mosaic takes a single row at an index that is only
+            known at run time from float32, but not from narrower dtypes.
         x_ref: a tile of x.
-        refs: words, scales, zero points; the result; the sum, and copies.
+        refs: words, scales, zero points; the result; the sum, transposed words, and copies.
     """
-    word_refs, small = refs[:parts], refs[parts : parts + len(copied)]
-    out_ref, sum_ref, *copies = refs[parts + len(copied) :]
+    parts = product.windows
+    word_refs, small = refs[: len(parts)], refs[len(parts) : len(parts) + len(copied)]
+    out_ref, sum_ref, *copies = refs[len(parts) + len(copied) :]
     step, blocks = pl.program_id(3), product.blocks
     size, tile = product.contracted
     left = size - step * tile  # of the contracted axis, from this tile on
@@ -346,6 +399,19 @@ def _kernel(product: _Product, parts: int, copied: Sequence[bool], _: Any, x_ref
     @pl.when(step == 0)
     def _start() -> None:
         sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    if product.rows_of_words:
+        turned, copies = copies[: len(parts)], copies[len(parts) :]
+
+        def turn() -> None:
+            for ref, target in zip(word_refs, turned, strict=True):
+                target[...] = ref[...].T
+
+        if product.transpose or all(part.step for part in parts):  # each step has other words
+            turn()
+        else:
+            pl.when(step == 0)(turn)
+        word_refs = turned
 
     def copy() -> None:
         for ref, target in zip(itertools.compress(small, copied), copies, strict=True):
@@ -365,9 +431,13 @@ def _kernel(product: _Product, parts: int, copied: Sequence[bool], _: Any, x_ref
         x = _zero_from(left, x.astype(jnp.float32), 1)  # as in `_scaled_sums`
     x = x.astype(product.dtype)
     at = pl.program_id(2) if product.transpose else step
-    words = tile_tpu.load(word_refs, product.spec.format, product.k, blocks.k, at)
+    if product.rows_of_codes:
+        words = word_refs[0][...]
+    else:
+        words = tile_tpu.load(word_refs, product.spec.format, product.k, blocks.k, at)
     if blocks.scale == "before":
-        sum_ref[...] += _dot(x, _weights(product, words, scales, zero, at, left), product)
+        weights = _weights(product, words, scales, zero, at, left)
+        sum_ref[...] += _dot(x, weights, product, 1 if product.transpose else 0)
     else:
         sum_ref[...] += _scaled_sums(product, x, words, scales, zero, at, left)
 
@@ -384,9 +454,10 @@ def _zero_from(limit: Any, a: Array, axis: int) -> Array:
     return jnp.where(lax.broadcasted_iota(jnp.int32, a.shape, axis) < limit, a, 0)
 
 
-def _dot(x: Array, w: Array, product: _Product) -> Array:
+def _dot(x: Array, w: Array, product: _Product, axis: int) -> Array:
+    """Contracts the last axis of x with this one of w."""
     precision = lax.Precision.HIGHEST if product.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dimensions = (((1,), (1 if product.transpose else 0,)), ((), ()))
+    dimensions = (((1,), (axis,)), ((), ()))
     return lax.dot_general(x, w, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
@@ -410,7 +481,7 @@ def _codes(product: _Product, words: Array, dtype: Any, left: Any) -> Array:
     if product.spec.format.kind != "float" or not product.ragged:
         return tile_tpu.codes(words, product.spec.format, dtype)
     codes = tile_tpu.codes(words, product.spec.format, jnp.float32)
-    return _zero_from(left, codes, 1 if product.transpose else 0).astype(dtype)
+    return _zero_from(left, codes, int(product.transpose != product.rows_of_codes)).astype(dtype)
 
 
 def _weights(product: _Product, words: Array, scales: Any, zero: Any, at: Any, left: Any) -> Float[Array, "K N"]:
@@ -425,6 +496,8 @@ def _weights(product: _Product, words: Array, scales: Any, zero: Any, at: Any, l
     narrow = product.spec.scale_dtype == "bfloat16" and product.dtype == jnp.bfloat16 and not product.spec.format.values
     dtype = product.dtype if narrow else jnp.float32
     values = _codes(product, words, dtype, left)
+    if product.rows_of_codes:
+        values = values.T
     if zero is not None:
         values -= stretch(zero).astype(dtype)
     values *= stretch(scales).astype(dtype)
@@ -453,8 +526,10 @@ def _scaled_sums(
             part = part.astype(jnp.float32)
             group = lax.div(lax.broadcasted_iota(jnp.int32, part.shape, 1), jnp.int32(size))  # // asks for the TPU
             part = jnp.concatenate([jnp.where(group == g, part, 0) for g in range(beside)]).astype(product.dtype)
-        codes = _codes(product, words[i * height : (i + 1) * height], product.dtype, left - i * depth)
-        sums = _dot(part, codes, product)
+        packed = slice(i * height, (i + 1) * height)
+        packed = words[:, packed] if product.rows_of_codes else words[packed]
+        codes = _codes(product, packed, product.dtype, left - i * depth)
+        sums = _dot(part, codes, product, 1 if product.rows_of_codes else 0)
         if zero is not None:
             shift = jnp.sum(part.astype(jnp.float32), axis=1, keepdims=True)
         for g in range(beside):

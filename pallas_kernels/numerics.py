@@ -137,14 +137,10 @@ def decode_codes(codes: Int8[Array, "*S"], format: Format) -> Float[Array, "*S"]
 # --- Groups ----------------------------------------------------------------------------------------------------
 
 
-def _group_size(k: int, spec: QuantSpec) -> int:
-    return max(1, min(spec.granularity.size, k) if isinstance(spec.granularity, PerGroup) else k)
-
-
 def _to_groups(w: Array, spec: QuantSpec) -> Array:
     """(*stack, K, N) -> (*stack, G, g, N). A short last group is filled with zeros, which no scale rule notices."""
     *stack, k, n = w.shape
-    size = _group_size(k, spec)
+    size = spec.group_size(k)
     groups = max(1, -(-k // size))
     w = jnp.pad(w, [(0, 0)] * len(stack) + [(0, groups * size - k), (0, 0)])
     return w.reshape(*stack, groups, size, n)
@@ -161,7 +157,7 @@ def _repeat(s: Array, k: int, spec: QuantSpec) -> Array:
     if not isinstance(spec.granularity, PerGroup):
         return s
     *stack, groups, n = s.shape
-    s = jnp.broadcast_to(s[..., None, :], (*stack, groups, _group_size(k, spec), n))
+    s = jnp.broadcast_to(s[..., None, :], (*stack, groups, spec.group_size(k), n))
     return _from_groups(s, k)
 
 

@@ -50,7 +50,6 @@ from jaxtyping import Array, Float, Int, Int8, Int32
 
 from pallas_kernels import numerics, packing
 from pallas_kernels.exact import finite
-from pallas_kernels.formats import PerGroup
 from pallas_kernels.integer_matmul_cpu import rescale
 from pallas_kernels.matmul_reference import pick_layer
 from pallas_kernels.numerics import Scales
@@ -58,12 +57,6 @@ from pallas_kernels.qtensor import Layout, QTensor
 
 Names = tuple[str, ...]
 """Mesh axes that split one axis of an array, outer to inner; none for a whole axis."""
-
-
-def _group_size(w: QTensor) -> int:
-    """Values along K that share a scale."""
-    granularity, k = w.spec.granularity, w.layout.k
-    return min(granularity.size, k) if isinstance(granularity, PerGroup) else k
 
 
 # --- Lowering --------------------------------------------------------------------------------------------------
@@ -135,7 +128,7 @@ def _describe(w: QTensor) -> str:
 
 def _check_rows(w: QTensor, parts: int, what: str) -> None:
     """Whether K can be cut into `parts`."""
-    k, group = w.layout.k, _group_size(w)
+    k, group = w.layout.k, w.group_size
     width, *other_planes = packing.PLANES.get(w.spec.format.bits, (packing.WORD_BITS,))
     if parts == 1:
         return
@@ -339,7 +332,7 @@ def integer_matmul(implementation: Callable[..., Array]) -> Callable[..., Array]
             w, layer = split.local(w, layer)
             if not split.k:
                 return implementation(x, scale, zero, w, layer=layer, out_dtype=out_dtype)
-            if _group_size(w) == w.layout.k:
+            if w.group_size == w.layout.k:
                 w = pick_layer(w, layer)
                 sums = lax.psum(_group_sums(x, zero, w), split.k)
                 return _scaled(sums, scale, w, out_dtype)
@@ -386,7 +379,7 @@ def _group_sums(
     """The exact sums `acc` of `integer_matmul`, for all groups."""
     words, scales = w.matrix_arrays()
     *stack, m, k = x.shape
-    n, group = w.layout.n, _group_size(w)
+    n, group = w.layout.n, w.group_size
     groups = scales.values.shape[-2]
     rest = groups * group - k  # the last group may be short
     codes = jnp.pad(packing.unpack(words, w.spec.format, k), [(0, 0)] * len(stack) + [(0, rest), (0, 0)])

@@ -146,6 +146,11 @@ class QTensor:
         return math.prod(self.shape)
 
     @property
+    def group_size(self) -> int:
+        """Values along K that share a scale, at least 1."""
+        return self.spec.group_size(self.layout.k)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all packed arrays: words, scales, zero points."""
         return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(self))

@@ -36,7 +36,8 @@ _UNSIGNED = {4: jnp.uint4, 8: jnp.uint8, 16: jnp.uint16}
 class Window:
     """The rows of the packed words that one operand of a kernel holds for tile i along K.
 
-    In units of a block of `rows` rows, it is block `first + step * i`; rows beyond the array are not defined.
+    In units of a block of `rows` rows, it is block `first + step * i`, the same one for every tile where `step` is 0;
+    rows beyond the array are not defined.
     """
 
     rows: int
@@ -44,26 +45,26 @@ class Window:
     step: int
 
 
-def windows(format: Format, k: int, bk: int) -> list[Window]:
+def windows(format: Format, k: int, bk: int, unit: int = 1) -> list[Window]:
     """How packed words with K = `k` enter a kernel in tiles of `bk`, a multiple of `K_MULTIPLE`: one window an operand.
 
     Each operand is the whole array of words. The planes of a format lie one after another in it, so each plane has a
     window of its own. Where the tiles do not divide K, a plane does not start at a multiple of its window: then one
-    window holds all rows, and `load` cuts it.
+    window holds all rows, and `load` cuts it. So it is where windows must be multiples of `unit` rows and are not:
+    where rows of words lie along the lanes, that is `LANES`.
     """
     parts = _parts(format, k, bk)
-    if len(parts) == 1:
-        return [Window(parts[0][1], 0, 1)]
-    if k % bk == 0:
+    if all(rows % unit == 0 for _, rows in parts) and (len(parts) == 1 or k % bk == 0):
         return [Window(rows, start // rows, 1) for start, rows in parts]
     tiles = -(-k // bk)
-    return [Window(max(_aligned(start) + tiles * rows + SUBLANES for start, rows in parts), 0, 0)]
+    most = max(_aligned(start) + tiles * rows + SUBLANES for start, rows in parts)
+    return [Window(-(-most // unit) * unit, 0, 0)]
 
 
 def load(refs: Sequence[Any], format: Format, k: int, bk: int, i: Any) -> Int[Array, "R N"]:
     """The words of tile i along K, from the operands that `windows` describes; one code after another, see `rows`."""
     parts = _parts(format, k, bk)
-    if len(refs) == len(parts):
+    if [ref.shape[0] for ref in refs] == [height for _, height in parts]:
         planes = [ref[...] for ref in refs]
     else:
         planes = []

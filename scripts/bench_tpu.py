@@ -28,7 +28,6 @@ from rich.table import Table
 
 from pallas_kernels import integer_matmul_tpu, matmul_tpu
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-from pallas_kernels.integer_matmul import group_size
 from pallas_kernels.qtensor import Layout, QTensor, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +100,7 @@ def integer(
 
     def call(x: Any, scale: Any, w: QTensor) -> Any:
         options: dict[str, Any] = {"layer": None, "out_dtype": jnp.bfloat16, "blocks": blocks}
-        return integer_matmul_tpu.matmul(x, scale, None, w, group=group_size(w), **options)
+        return integer_matmul_tpu.matmul(x, scale, None, w, **options)
 
     return call, [Shape((m, K), jnp.int8), Shape((m, 1), jnp.float32), w]
 

@@ -19,7 +19,7 @@ from test_integer_matmul import Case, assert_same_bits
 
 from pallas_kernels import integer_matmul_tpu
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
-from pallas_kernels.integer_matmul import group_size, integer_matmul
+from pallas_kernels.integer_matmul import integer_matmul
 from pallas_kernels.integer_matmul_tpu import Blocks
 from pallas_kernels.numerics import Scales
 from pallas_kernels.qtensor import Layout, QTensor, quantize
@@ -27,11 +27,11 @@ from pallas_kernels.qtensor import Layout, QTensor, quantize
 
 def kernel(x: Any, scale: Any, zero: Any, w: QTensor, layer: Any = None, **options: Any) -> jax.Array:
     options = {"out_dtype": jnp.float32, "layer": layer, **options}
-    return integer_matmul_tpu.matmul(x, scale, zero, w, group=group_size(w), interpret=True, **options)
+    return integer_matmul_tpu.matmul(x, scale, zero, w, interpret=True, **options)
 
 
 def check(case: Case, tiles: Blocks | None) -> None:
-    assert integer_matmul_tpu.unsupported(case.x.shape, case.w, group_size(case.w)) is None
+    assert integer_matmul_tpu.unsupported(case.x.shape, case.w) is None
     out = jax.jit(functools.partial(kernel, blocks=tiles))(*case.operands)
     assert_same_bits(out, case.expected())
 
@@ -147,10 +147,10 @@ def test_tiles_fit_into_memory_and_hold_whole_groups(bits: int, m: int, k: int, 
     granularity = PerGroup(group) if group else PerChannel()
     spec = QuantSpec(FORMATS[f"int{bits}"], granularity, zero_point=zero, scale_rule=AbsMax())
     w = QTensor(None, None, spec, Layout((((k, "k"),), ((n, "n"),))), jnp.dtype("float32"))
-    size = group_size(w)
-    if integer_matmul_tpu.unsupported((m, k), w, size):
+    size = w.group_size
+    if integer_matmul_tpu.unsupported((m, k), w):
         return
-    tiles = integer_matmul_tpu.default_blocks(m, w, size)
+    tiles = integer_matmul_tpu.default_blocks(m, w)
     assert tiles.m % (128 if tiles.m < m else 32) == 0 and tiles.n % 128 == 0 and tiles.k % 256 == 0
     assert tiles.m < m + 128 and tiles.n < n + 128 and tiles.k < k + max(256, 2 * size)
     assert size == k or size % tiles.k == 0 or tiles.k % size == 0
@@ -182,6 +182,6 @@ def test_the_kernel_is_what_tpu_runs():
     ids=str,
 )
 def test_what_the_kernel_cannot_hold_goes_to_the_reference(case: Case, reason: str):
-    why = integer_matmul_tpu.unsupported(case.x.shape, case.w, group_size(case.w))
+    why = integer_matmul_tpu.unsupported(case.x.shape, case.w)
     assert why is not None and reason in why
     assert "tpu_custom_call" not in _exported(case)
