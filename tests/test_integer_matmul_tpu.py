@@ -179,7 +179,7 @@ def test_the_kernel_is_what_tpu_runs():
         (Case(8, PerGroup(32), order="nk"), "packed along the lanes"),
         (Case(8, PerChannel(), rows=0), "nothing to multiply"),
     ],
-    ids=str,
+    ids=["short groups", "packed rows", "groups in rows", "empty"],
 )
 def test_what_the_kernel_cannot_hold_goes_to_the_reference(case: Case, reason: str):
     why = integer_matmul_tpu.unsupported(case.x.shape, case.w)
