@@ -38,7 +38,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import matmul_reference, numerics, tile_tpu
-from pallas_kernels.formats import PerGroup, QuantSpec
+from pallas_kernels.formats import QuantSpec
 from pallas_kernels.packing import WORD_BITS
 from pallas_kernels.qtensor import QTensor
 from pallas_kernels.tile_tpu import K_MULTIPLE, LANES, SUBLANES
@@ -98,7 +98,7 @@ def matmul(
     *stack, m, _ = x.shape
     blocks = blocks or default_blocks(m, w.layout.k, w.layout.n, w.spec, dtype, order)
     assert blocks is not None  # `unsupported` asks for fewer rows
-    group = group_size(w.layout.k, w.spec)
+    group = w.group_size
     whole = group == w.layout.k
     if blocks.k % K_MULTIPLE or blocks.n % LANES or not (whole or _cuts_groups(blocks.k, group)):
         raise ValueError(
@@ -137,7 +137,7 @@ def unsupported(x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any) -> s
         return "no TPU rounds weights to float16"
     if 0 in (*x.shape, *w.words.shape):
         return "empty"
-    group = group_size(w.layout.k, w.spec)
+    group = w.group_size
     if group != w.layout.k and (group % SUBLANES or _k_unit(w.layout.k, w.spec, _order(w)) > _MOST_K):
         return "no tile holds whole groups"
     if default_blocks(1, w.layout.k, w.layout.n, w.spec, jnp.float32, _order(w)) is None:
@@ -188,7 +188,7 @@ def default_blocks(m: int, k: int, n: int, spec: QuantSpec, dtype: Any, order: s
     Returns:
         Blocks, or None if no tile fits into VMEM.
     """
-    group, unit = group_size(k, spec), _k_unit(k, spec, order)
+    group, unit = spec.group_size(k), _k_unit(k, spec, order)
     bm = _round_up(-(-m // -(-m // _MOST_M)), 16)
     most_n, most_k = (512, 2048) if bm <= 64 else (1024, 512)
     halvings = sorted(itertools.product(range(6), range(4), range(4)), key=lambda h: (h[0], sum(h), h))
@@ -205,11 +205,6 @@ def default_blocks(m: int, k: int, n: int, spec: QuantSpec, dtype: Any, order: s
     return None
 
 
-def group_size(k: int, spec: QuantSpec) -> int:
-    """Values along K that share a scale."""
-    return min(spec.granularity.size, k) if isinstance(spec.granularity, PerGroup) else k
-
-
 def _cuts_depth(group: int) -> bool:
     """Whether groups are whole tiles of the matrix unit, or several of them are one."""
     return group % _DEPTH == 0 or _DEPTH % group == 0
@@ -217,11 +212,12 @@ def _cuts_depth(group: int) -> bool:
 
 def _k_unit(k: int, spec: QuantSpec, order: str) -> int:
     """Tiles are multiples of this along K, which cuts no word."""
-    group, bits = group_size(k, spec), spec.format.bits
+    group, bits = spec.group_size(k), spec.format.bits
     unit = K_MULTIPLE if group == k or group % K_MULTIPLE == 0 else math.lcm(K_MULTIPLE, group)
-    if order == "nk" and bits in (2, 4):  # words of a tile fill lanes, so that it has a window of its own
+    if order == "nk" and bits in (2, 4):  # if words of a tile fill lanes, it has a window of its own
         filled = math.lcm(unit, LANES * WORD_BITS // bits)
-        return filled if filled < k and filled <= _MOST_K else unit
+        if filled < k and filled <= _MOST_K and (group == k or _cuts_groups(filled, group)):
+            return filled
     return unit
 
 
@@ -243,7 +239,7 @@ def _vmem(blocks: Blocks, k: int, spec: QuantSpec, dtype: Any, order: str) -> in
     turned = order == "nk" and spec.format.bits < 8
     windows = tile_tpu.windows(spec.format, k, bk, LANES if turned else 1)
     words = sum(w.rows for w in windows) * bn * (1 if spec.format.bits == 8 else 4)
-    scales = -(-k // group_size(k, spec)) * bn * 4 * (2 if spec.zero_point else 1)
+    scales = -(-k // spec.group_size(k)) * bn * 4 * (2 if spec.zero_point else 1)
     windows = m * max(bk, bn) * 4 + words + scales + m * max(bn, bk) * size
     return 2 * windows + m * bn * 4 + scales + bk * bn * size + (words if turned else 0)
 
@@ -276,7 +272,7 @@ class _Product:
 
     @property
     def group(self) -> int:
-        return group_size(self.k, self.spec)
+        return self.spec.group_size(self.k)
 
     @property
     def whole(self) -> bool:

@@ -110,6 +110,30 @@ def test_weight_only_products_compile(row: Any, chip: str):
     assert KERNEL in compiled(quantized_matmul, Shape((m, k), jnp.dtype(dtype)), w, chip=chip)
 
 
+# Format, granularity, dtype of its scales; rows, K, N.
+LOGITS: list[tuple[str, Any, str, int, int, int]] = [
+    ("int4", PerGroup(64), "bfloat16", 1, 4096, 128256),
+    ("int4", PerGroup(128), "bfloat16", 16, 4096, 32000),
+    ("int4", PerGroup(64), "float16", 512, 4096, 32000),
+    ("int8", PerChannel(), "float32", 16, 4096, 128256),
+    ("int8", PerGroup(64), "bfloat16", 512, 4096, 32000),
+    ("nf4", PerGroup(64), "bfloat16", 1, 2304, 256000),
+    ("int3", PerGroup(64), "bfloat16", 16, 4096, 32000),
+    ("fp8_e4m3", PerChannel(), "float32", 16, 1000, 128256),
+]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("row", LOGITS, ids=lambda row: "-".join(map(str, row)))
+def test_products_with_lookup_tables_compile(row: Any, chip: str):
+    """Tied embeddings: the kernel reads the words as lookups do, and nothing else moves them."""
+    format, granularity, scale, m, k, n = row
+    w = weight(spec(format, granularity, scale), k, n, order="nk")
+    text = compiled(quantized_matmul, Shape((m, k), jnp.bfloat16), w, chip=chip)
+    assert KERNEL in text
+    assert moved(text, w, layers=1) == []
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 def test_their_transpose_and_experts_in_layers_compile(chip: str):
     """The derivative with respect to x multiplies by the transposed matrix."""
@@ -144,10 +168,10 @@ PARAMS = {
 X = Shape((16, WIDTH), jnp.bfloat16)
 
 
-def moved(text: str, packed: Any) -> list[str]:
-    """Instructions that write as many integers as a layer of packed words has, of their type."""
+def moved(text: str, packed: Any, layers: int = LAYERS) -> list[str]:
+    """Instructions that write as many integers as one of so many layers of packed words has, of their type."""
     words = jax.tree.leaves(packed, is_leaf=lambda a: isinstance(a, QTensor))
-    least = {f"s{8 * w.words.dtype.itemsize}": min(w.words.size // LAYERS for w in words) for w in words}
+    least = {f"s{8 * w.words.dtype.itemsize}": min(w.words.size // layers for w in words) for w in words}
     found = []
     for dtype, shape, name in _INSTRUCTION.findall(text):
         size = math.prod(int(d) for d in shape.split(",") if d)
