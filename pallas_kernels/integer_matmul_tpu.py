@@ -40,7 +40,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int8, Int32
 
-from pallas_kernels import numerics, tile_tpu
+from pallas_kernels import blocks_tpu, numerics, tile_tpu
 from pallas_kernels.exact import finite
 from pallas_kernels.formats import Format
 from pallas_kernels.integer_matmul_cpu import rescale
@@ -75,20 +75,27 @@ class Blocks:
 
 
 def default_blocks(m: int, w: QTensor) -> Blocks:
-    """Tiles for `m` rows of x, chosen by size.
+    """Tiles for `m` rows of x: those of the table of `blocks_tpu` for this chip, cut to the matrix, or chosen by size.
 
     With few rows the time goes to reading the weight, and tiles are deep. With many, the larger the tile of the result
     the fewer times anything is read.
     """
-    few, n = m <= 64, w.layout.n
+    k, n = w.layout.k, w.layout.n
     bm = _up(m, _ROWS) if m <= 512 else _up(pl.cdiv(m, pl.cdiv(m, 512)), LANES)
-    chosen = Blocks(bm, min(_up(n, LANES), 512), _depth(w.layout.k, w.group_size, 4096 if few else 1024))
-    while _vmem_bytes(chosen, w) > _VMEM and max(chosen.m, chosen.n) > LANES:
+    entry = blocks_tpu.lookup("integer_matmul", min(m, bm), k, w.spec, w.order, jnp.int8)
+    most_n, most_k = (entry.n, entry.k) if entry else (512, 4096 if m <= 64 else 1024)
+    chosen = Blocks(bm, min(_up(n, LANES), most_n), _depth(k, w.group_size, most_k))
+    while not fits(chosen, w) and max(chosen.m, chosen.n) > LANES:
         if chosen.n > LANES and chosen.n >= chosen.m:
             chosen = dataclasses.replace(chosen, n=_up(chosen.n // 2, LANES))
         else:
             chosen = dataclasses.replace(chosen, m=_up(chosen.m // 2, LANES))
     return chosen
+
+
+def fits(blocks: Blocks, w: QTensor) -> bool:
+    """Whether a kernel with such tiles has enough VMEM, by an estimate."""
+    return _vmem_bytes(blocks, w) <= _VMEM
 
 
 def _depth(k: int, group: int, most: int) -> int:

@@ -37,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import matmul_reference, numerics, tile_tpu
+from pallas_kernels import blocks_tpu, matmul_reference, numerics, tile_tpu
 from pallas_kernels.formats import QuantSpec
 from pallas_kernels.packing import WORD_BITS
 from pallas_kernels.qtensor import QTensor
@@ -96,7 +96,7 @@ def matmul(
     dtype = jnp.dtype(jnp.bfloat16 if one_pass else jnp.float32)
     rounding = tuple(d for d in chain if d == jnp.bfloat16) if dtype == jnp.float32 else ()
     *stack, m, _ = x.shape
-    blocks = blocks or default_blocks(m, w.layout.k, w.layout.n, w.spec, dtype, order)
+    blocks = blocks or default_blocks(m, w.layout.k, w.layout.n, w.spec, dtype, order, transpose)
     assert blocks is not None  # `unsupported` asks for fewer rows
     group = w.group_size
     whole = group == w.layout.k
@@ -172,8 +172,10 @@ _DEPTH = 128  # of the matrix unit; from v6e on it is twice that, but with group
 _STEP = 128  # a step of the grid takes about as long as so many rows of a tile more
 
 
-def default_blocks(m: int, k: int, n: int, spec: QuantSpec, dtype: Any, order: str = "kn") -> Blocks | None:
-    """A choice by shape alone.
+def default_blocks(
+    m: int, k: int, n: int, spec: QuantSpec, dtype: Any, order: str = "kn", transpose: bool = False
+) -> Blocks | None:
+    """What the table of `blocks_tpu` says for this chip, cut to the matrix and to VMEM, or a choice by shape alone.
 
     Few rows of x read the weight once: tiles are long, so that there is enough to read in each step. With many rows the
     product takes the time, and large tiles of the result read x and the weight less often.
@@ -184,25 +186,33 @@ def default_blocks(m: int, k: int, n: int, spec: QuantSpec, dtype: Any, order: s
         spec: of the weight.
         dtype: of the operands of the product.
         order: of the words as the kernel reads them.
+        transpose: whether N is contracted; the table has no rows for that.
 
     Returns:
         Blocks, or None if no tile fits into VMEM.
     """
     group, unit = spec.group_size(k), _k_unit(k, spec, order)
     bm = _round_up(-(-m // -(-m // _MOST_M)), 16)
-    most_n, most_k = (512, 2048) if bm <= 64 else (1024, 512)
+    entry = None if transpose else blocks_tpu.lookup("quantized_matmul", bm, k, spec, order, dtype)
+    most_n, most_k = (entry.n, entry.k) if entry else (512, 2048) if bm <= 64 else (1024, 512)
     halvings = sorted(itertools.product(range(6), range(4), range(4)), key=lambda h: (h[0], sum(h), h))
     for less_m, less_n, less_k in halvings:
         rows = max(16, _round_up(bm >> less_m, 16))
+        by_shape = "after" if group == k or (_cuts_depth(group) and 2 * rows <= group) else "before"
         blocks = Blocks(
             m=rows,
             n=_tile(n, LANES, max(LANES, most_n >> less_n)),
             k=_tile(k, unit, max(unit, most_k >> less_k), 1 if group == k else group),
-            scale="after" if group == k or (_cuts_depth(group) and 2 * rows <= group) else "before",
+            scale=(entry and entry.scale) or by_shape,
         )
-        if _vmem(blocks, k, spec, dtype, order) <= _VMEM:
+        if fits(blocks, k, spec, dtype, order):
             return blocks
     return None
+
+
+def fits(blocks: Blocks, k: int, spec: QuantSpec, dtype: Any, order: str) -> bool:
+    """Whether a kernel with such tiles has enough VMEM, by an estimate; arguments as for `default_blocks`."""
+    return _vmem(blocks, k, spec, dtype, order) <= _VMEM
 
 
 def _cuts_depth(group: int) -> bool:

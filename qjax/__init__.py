@@ -9,6 +9,7 @@ from pallas_kernels.activations import MinMax as MinMax
 from pallas_kernels.activations import MovingAverage as MovingAverage
 from pallas_kernels.activations import MseRange as MseRange
 from pallas_kernels.activations import Percentile as Percentile
+from pallas_kernels.blocks_tpu import target_chip as target_chip
 from pallas_kernels.formats import (
     FORMATS as FORMATS,
 )

@@ -73,6 +73,9 @@ def export(
 
         tokens = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 128"), jnp.int32)
 
+    Kernels for TPU are cut by shape alone, unless the export stands in `with qjax.target_chip("v5e"):`, which takes the
+    tiles that were found for that chip; it still runs on the others.
+
     Whatever is no array (flags, strings) is fixed in the program; among the results it becomes None. State is what one
     call leaves for the next: the collections of a Linen module that `mutable` names, the variables of an NNX module
     that its call writes and its results depend on. It is no weight but an argument and a result of the program, and is

@@ -31,6 +31,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from pallas_kernels.blocks_tpu import target_chip
+
 # The smallest slice of each that libtpu describes.
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 
@@ -128,7 +130,8 @@ def _compile(function: Callable[..., Any], args: Any, kwargs: Any, chip: str) ->
     sharding = SingleDeviceSharding(_topology(chip).devices[0])
     args, kwargs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (args, kwargs))
     jitted = function if hasattr(function, "trace") else jax.jit(function)  # another jit would drop donations
-    return jitted.trace(*args, **kwargs).lower(lowering_platforms=("tpu",)).compile()
+    with target_chip(chip):  # the tiles of qjax's kernels
+        return jitted.trace(*args, **kwargs).lower(lowering_platforms=("tpu",)).compile()
 
 
 @functools.cache
