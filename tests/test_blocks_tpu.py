@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-import importlib.util
 import json
 import types
 from typing import Any
@@ -26,7 +25,6 @@ BF16 = jnp.bfloat16
 TEXT = importlib.resources.files("pallas_kernels").joinpath("blocks_tpu.json").read_text()
 TABLE: list[dict[str, Any]] = json.loads(TEXT)["rows"]
 Shape = jax.ShapeDtypeStruct
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
 
 
 def spec(weight: str, **options: Any) -> QuantSpec:
@@ -136,7 +134,6 @@ def test_an_unknown_target_is_an_error():
         pass
 
 
-@needs_libtpu
 def test_chips_call_themselves_so():
     """As libtpu has it."""
     for chip, kind in CHIPS.items():
@@ -195,7 +192,6 @@ def test_each_chip_has_a_program_of_its_own():
     assert texts[0] == texts[2] != texts[1]
 
 
-@needs_libtpu
 @pytest.mark.parametrize(
     ("kernel", "weight", "m"),
     [("quantized_matmul", "int4/g32", 64), ("integer_matmul", "int8/channel", 512)],

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.extend.core import Primitive
 from jax.extend.core import primitives as prims
+from jax.interpreters import mlir
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -109,6 +111,25 @@ def test_site_parameters(name: str):
     eqn = equation(program, X)
     assert eqn.primitive.name == name
     assert read <= set(eqn.params), set(eqn.params)
+
+
+def test_a_lowering_sees_how_many_devices_there_are():
+    """What `pallas_kernels.partition` reads to know that XLA will split a program, inside `shard_map` and outside."""
+    seen = []
+    probe = Primitive("probe")
+    probe.def_abstract_eval(lambda x: x)
+
+    def rule(ctx, x):
+        seen.append(ctx.module_context.axis_context)
+        return [x]
+
+    mlir.register_lowering(probe, rule)
+    jax.jit(probe.bind).lower(X)
+    jax.jit(jax.shard_map(probe.bind, mesh=MESH, in_specs=P("a"), out_specs=P("a"))).lower(X)
+    outside, inside = seen
+    assert outside.num_devices == 1 and not hasattr(outside, "manual_axes")
+    assert inside.manual_axes == {"a"} == set(inside.mesh.axis_names)
+    assert set(inside.mesh.manual_axes) <= {"a"}
 
 
 def test_exported_primitives():

@@ -260,7 +260,6 @@ def test_vmap(spec: QuantSpec):
 
 
 def test_export_for_cpu_makes_a_round_trip():
-    pytest.importorskip("flatbuffers", reason="jax.export needs it to serialize")
     w, x = _pack(FEW[0]), _array(3, K, seed=9)
     leaves, tree = jax.tree.flatten(w)
     fn = jax.jit(lambda x, *leaves: quantized_matmul(x, jax.tree.unflatten(tree, leaves)))
