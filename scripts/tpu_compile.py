@@ -33,6 +33,9 @@ from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.blocks_tpu import target_chip
 
+# Where libtpu is installed, JAX would look for a TPU with it, and libtpu is loaded only once.
+jax.config.update("jax_platforms", "cpu")
+
 # The smallest slice of each that libtpu describes.
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 
