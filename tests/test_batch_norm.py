@@ -22,6 +22,7 @@ from passes.trace import Program, path_name, trace
 
 # In float64 what the pass changes is rounding only: some tens of operations deep, condition numbers below 1e3.
 TOLERANCE = 1e-11
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @dataclasses.dataclass
@@ -389,6 +390,7 @@ def test_the_weight_is_the_folded_one(train: bool):
         assert not np.allclose(found[0], weights(traced.program, traced.leaves)[0], rtol=1e-2)
 
 
+@pytest.mark.usefixtures("compile_fully")
 def test_training_and_inference_see_the_same_bits():
     """Fake-quant in training rounds the very matrix that is packed."""
     found = []

@@ -22,6 +22,7 @@ from passes import observe
 from passes.plan import PlanError, Rule
 
 RNG = np.random.default_rng(0)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 W8 = qjax.int8(scale=qjax.AbsMax())
 MIN_MAX = qjax.static(observer=qjax.MinMax())
 

@@ -22,6 +22,7 @@ import qjax
 from pallas_kernels.qtensor import QTensor, is_packed
 
 SPEC = qjax.int4(group=8, scale=qjax.AbsMax())
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 RNG = np.random.default_rng(0)
 RANK, ALPHA = 3, 5.0
 SCALE = ALPHA / RANK

@@ -15,6 +15,7 @@ from pallas_kernels.qtensor import FoldedParam, QTensor, is_packed
 from passes.plan import Rule, check_patterns
 
 SPEC = qjax.int4(group=8, scale=qjax.AbsMax())
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(3, 24)), jnp.float32)
 
