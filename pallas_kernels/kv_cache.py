@@ -109,8 +109,8 @@ class QCache:
         return cls(*children, *aux)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the float cache."""
+    def shape(self) -> tuple[Any, ...]:
+        """Shape of the float cache; sizes may be symbols of `jax.export`."""
         shape = list(self.codes.shape)
         shape[self.axis] = self.size
         return tuple(shape)

@@ -14,6 +14,14 @@ weights. Or after it, into the sums over a group: two operations for a register 
 cheaper for few rows of x, and always for one scale over all of K. `default_blocks` chooses. The transposed product, and
 one that must round weights on the way, have scales before.
 
+**Epilogues.** Products of one x with two weights that are packed alike share its tiles, and what a program does with
+the results (`pallas_kernels.epilogue`) is done to finished sums, a strip of rows at a time, so that it stays in
+registers.
+
+**Bias.** On chips without bfloat16 arithmetic the conversion of codes takes most of the time. There those of 4 bits are
+multiplied as `code + 136`, which their bits almost are (`tile_tpu.biased_codes`), and 136 times the sum of x is taken
+off each sum over 128 of them. That costs some eight of the 24 bits of float32: twice as many as bfloat16 has remain.
+
 **Precision.** Sums are float32. bfloat16 is multiplied as it is, float32 at default precision rounded to bfloat16 (the
 single pass that XLA makes of it on TPU), float32 at a higher precision as float32. Scales that go in after the product
 multiply sums of exact codes, so that weights are not rounded at all, other than the values of NF4 to bfloat16. From
@@ -38,10 +46,29 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import blocks_tpu, matmul_reference, numerics, tile_tpu
+from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.formats import QuantSpec
 from pallas_kernels.packing import WORD_BITS
 from pallas_kernels.qtensor import QTensor
 from pallas_kernels.tile_tpu import K_MULTIPLE, LANES, SUBLANES
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What a kernel holds in VMEM for more than one product.
+
+    Attributes:
+        weights: how many are multiplied.
+        others: of each other operand of the epilogue, whether it has rows, and whether it has columns.
+    """
+
+    weights: int = 1
+    others: tuple[tuple[bool, bool], ...] = ()
+
+    @staticmethod
+    def of(weights: int, shapes: Sequence[tuple[int, ...]]) -> Beside:
+        """For other operands of these shapes, `(*stack, M or 1, N or 1)`."""
+        return Beside(weights, tuple((shape[-2] > 1, shape[-1] > 1) for shape in shapes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,55 +107,93 @@ def matmul(
         blocks: how to cut the product, if not as `default_blocks` says.
         interpret: runs the kernel as XLA operations, on any platform.
     """
+    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, (w.dtype, *casts)[-1]))
+    how: dict[str, Any] = {"casts": casts, "precision": precision, "preferred_element_type": preferred_element_type}
+    if unsupported(x, w, casts, out_dtype):
+        return matmul_reference.matmul(x, w, layer=layer, transpose=transpose, **how)
+    return fused_matmul(x, [w], [], layers=[layer], transpose=transpose, blocks=blocks, interpret=interpret, **how)
+
+
+def fused_matmul(
+    x: Float[Array, "*stack M _"],
+    weights: Sequence[QTensor],
+    others: Sequence[Float[Array, "_ _ _"]],
+    *,
+    layers: Sequence[Int[Array, ""] | int | None],
+    casts: tuple[Any, ...],
+    precision: Any,
+    preferred_element_type: Any,
+    epilogue: Epilogue | None = None,
+    transpose: bool = False,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> Float[Array, "*stack M _"]:
+    """The epilogue of the products of x with one or two weights, in one kernel.
+
+    Args:
+        x, casts, precision, preferred_element_type, transpose, blocks, interpret: as for `matmul`.
+        weights: packed alike, so that they differ in values alone; none that is `unsupported`.
+        others: what else the epilogue reads, `(stack or 1, M or 1, N or 1)` each, the stack merged.
+        layers: for each weight, as for `matmul`.
+        epilogue: what is made of the products, in float32 or bfloat16; None for the product of a single one.
+    """
+    w, *_ = weights
     chain, order = (w.dtype, *casts), _order(w)
     out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, chain[-1]))
-    if unsupported(x, w, casts, out_dtype):
-        return matmul_reference.matmul(
-            x,
-            w,
-            layer=layer,
-            casts=casts,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            transpose=transpose,
-        )
-    one_pass = jnp.promote_types(x.dtype, chain[-1]) == jnp.bfloat16 or (x.dtype != jnp.float16 and _fast(precision))
-    dtype = jnp.dtype(jnp.bfloat16 if one_pass else jnp.float32)
-    rounding = tuple(d for d in chain if d == jnp.bfloat16) if dtype == jnp.float32 else ()
+    dtype = operand_dtype(x.dtype, chain[-1], precision)
     *stack, m, _ = x.shape
-    blocks = blocks or default_blocks(m, w.layout.k, w.layout.n, w.spec, dtype, order, transpose)
+    beside = Beside.of(len(weights), [a.shape for a in others])
+    blocks = blocks or default_blocks(m, w.layout.k, w.layout.n, w.spec, dtype, order, transpose, beside)
     assert blocks is not None  # `unsupported` asks for fewer rows
-    group = w.group_size
-    whole = group == w.layout.k
-    if blocks.k % K_MULTIPLE or blocks.n % LANES or not (whole or _cuts_groups(blocks.k, group)):
-        raise ValueError(
-            f"qjax: {blocks} for a packed {w.spec} matrix with K={w.layout.k}: k must be a multiple of {K_MULTIPLE}, "
-            f"and of the group size or the group size of it; n must be a multiple of {LANES}."
-        )
-    if transpose or rounding or not (whole or _cuts_depth(group)):
-        blocks = dataclasses.replace(blocks, scale="before")
-    product = _Product(w.spec, w.layout.k, w.layout.n, order, transpose, blocks, dtype, rounding)
-
-    layers = 1 if layer is None else w.words.shape[0]
-    index = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    index = jnp.clip(jnp.where(index < 0, index + layers, index), 0, layers - 1)  # as lax.dynamic_index_in_dim
-    words, scales = w.matrix_arrays()
-    index_of_scales = index
-    if layer is not None and (w.spec.double_quant or scales.values.dtype == jnp.float16):
-        # they are converted: those of one layer, not of all
-        scales = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, 0), scales)
-        index_of_scales = jnp.zeros_like(index)
-    words, scales = jax.tree.map(
-        lambda a: _no_float16(a).reshape(-1, math.prod(stack), *a.shape[-2:]),
-        (words if order == "kn" else w.words, numerics.plain_scales(scales)),
-    )
-    x = _no_float16(x).reshape(math.prod(stack), m, x.shape[-1])
+    product = Product.of(w, casts, dtype, order, transpose, blocks)
+    packed = [Packed.of(w, layer, len(stack), order) for w, layer in zip(weights, layers, strict=True)]
+    x = no_float16(x).reshape(math.prod(stack), m, x.shape[-1])
+    if epilogue is not None:
+        out_dtype = epilogue.out_dtype
     written = jnp.dtype(jnp.float32) if out_dtype == jnp.float16 else out_dtype
-    out = _call(product, jnp.stack([index, index_of_scales]), x, words, scales, written, interpret)
+    out = _call(product, x, packed, others, epilogue, written, interpret)
     return out.reshape(*stack, m, out.shape[-1]).astype(out_dtype)
 
 
-def unsupported(x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any) -> str | None:
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The arrays of a weight as the kernel reads them: `(layers, stack, _, _)`.
+
+    Attributes:
+        layers: index of the layer of the words, and of that of the scales.
+        words: in the order of the product.
+        scales: in order "kn".
+    """
+
+    layers: Int[Array, " 2"]
+    words: Int[Array, "L B _ _"]
+    scales: numerics.Scales
+
+    @staticmethod
+    def of(w: QTensor, layer: Int[Array, ""] | int | None, stack: int, order: str) -> Packed:
+        """From a weight with so many axes of a stack."""
+        layers = 1 if layer is None else w.words.shape[0]
+        index = jnp.asarray(0 if layer is None else layer, jnp.int32)
+        index = jnp.clip(jnp.where(index < 0, index + layers, index), 0, layers - 1)  # as lax.dynamic_index_in_dim
+        words, scales = w.matrix_arrays()
+        index_of_scales = index
+        if layer is not None and (w.spec.double_quant or scales.values.dtype == jnp.float16):
+            # they are converted: those of one layer, not of all
+            scales = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, 0), scales)
+            index_of_scales = jnp.zeros_like(index)
+        words, scales = jax.tree.map(
+            lambda a: no_float16(a).reshape(-1, math.prod(a.shape[-2 - stack : -2]), *a.shape[-2:]),
+            (words if order == "kn" else w.words, numerics.plain_scales(scales)),
+        )
+        return Packed(jnp.stack([index, index_of_scales]), words, scales)
+
+    @property
+    def small(self) -> list[Array]:
+        """Scales, and zero points if there are any."""
+        return [a for a in (self.scales.values, self.scales.zero) if a is not None]
+
+
+def unsupported(x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any, beside: Beside = Beside()) -> str | None:
     """Why a product is left to the reference, or None; x is anything with a shape and a dtype."""
     floats = (jnp.float32, jnp.bfloat16, jnp.float16)
     if any(dtype not in floats for dtype in (x.dtype, out_dtype, w.dtype, *casts)):
@@ -140,7 +205,7 @@ def unsupported(x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any) -> s
     group = w.group_size
     if group != w.layout.k and (group % SUBLANES or _k_unit(w.layout.k, w.spec, _order(w)) > _MOST_K):
         return "no tile holds whole groups"
-    if default_blocks(1, w.layout.k, w.layout.n, w.spec, jnp.float32, _order(w)) is None:
+    if default_blocks(1, w.layout.k, w.layout.n, w.spec, jnp.float32, _order(w), beside=beside) is None:
         return "the rows of a column do not fit into VMEM"
     return None
 
@@ -150,30 +215,42 @@ def _order(w: QTensor) -> str:
     return w.order if w.words.shape[-1] % LANES == 0 else "kn"
 
 
-def _no_float16(a: Array) -> Array:
+def no_float16(a: Array) -> Array:
+    """float32 in place of float16, which no TPU computes with."""
     return a.astype(jnp.float32) if a.dtype == jnp.float16 else a
 
 
-def _fast(precision: Any) -> bool:
-    """Whether a precision, as `lax.dot_general` takes it, means one pass of bfloat16 for float32."""
+def operand_dtype(x: Any, weight: Any, precision: Any) -> jnp.dtype:
+    """The dtype in which values of these dtypes are multiplied, with a precision as `lax.dot_general` takes it."""
     if precision is None:
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     each = precision if isinstance(precision, tuple) else (precision,)
     names = {str(getattr(p, "name", p)).upper() for p in each}
-    return names <= {"NONE", "DEFAULT", "FASTEST", "BFLOAT16", "BF16_BF16_F32"}
+    one_pass = x != jnp.float16 and names <= {"NONE", "DEFAULT", "FASTEST", "BFLOAT16", "BF16_BF16_F32"}
+    return jnp.dtype(jnp.bfloat16 if one_pass or jnp.promote_types(x, weight) == jnp.bfloat16 else jnp.float32)
 
 
 # --- Tiles ----------------------------------------------------------------------------------------------------------
 
 # A kernel has 16 MiB of VMEM on every chip, if it asks for no more; what `_vmem` does not count gets the rest.
 _VMEM = 11 * 2**20
-_MOST_M, _MOST_K = 512, 2048
+MOST_M, _MOST_K = 512, 2048
 _DEPTH = 128  # of the matrix unit; from v6e on it is twice that, but with groups of 128 as fast filled to a half
+_STRIP = 16  # rows of a tile that go through an epilogue at a time: a multiple of the rows of a register
+_MOST_BIASED = 32  # rows of x in a tile: with more, conversion of codes is not what takes the time
+_NO_BFLOAT16_ARITHMETIC = ("v5e", "v5p")
 _STEP = 128  # a step of the grid takes about as long as so many rows of a tile more
 
 
 def default_blocks(
-    m: int, k: int, n: int, spec: QuantSpec, dtype: Any, order: str = "kn", transpose: bool = False
+    m: int,
+    k: int,
+    n: int,
+    spec: QuantSpec,
+    dtype: Any,
+    order: str = "kn",
+    transpose: bool = False,
+    beside: Beside = Beside(),
 ) -> Blocks | None:
     """What the table of `blocks_tpu` says for this chip, cut to the matrix and to VMEM, or a choice by shape alone.
 
@@ -187,12 +264,13 @@ def default_blocks(
         dtype: of the operands of the product.
         order: of the words as the kernel reads them.
         transpose: whether N is contracted; the table has no rows for that.
+        beside: what else is in the kernel.
 
     Returns:
         Blocks, or None if no tile fits into VMEM.
     """
     group, unit = spec.group_size(k), _k_unit(k, spec, order)
-    bm = _round_up(-(-m // -(-m // _MOST_M)), 16)
+    bm = _round_up(-(-m // -(-m // MOST_M)), 16)
     entry = None if transpose else blocks_tpu.lookup("quantized_matmul", bm, k, spec, order, dtype)
     most_n, most_k = (entry.n, entry.k) if entry else (512, 2048) if bm <= 64 else (1024, 512)
     halvings = sorted(itertools.product(range(6), range(4), range(4)), key=lambda h: (h[0], sum(h), h))
@@ -205,14 +283,14 @@ def default_blocks(
             k=_tile(k, unit, max(unit, most_k >> less_k), 1 if group == k else group),
             scale=(entry and entry.scale) or by_shape,
         )
-        if fits(blocks, k, spec, dtype, order):
+        if fits(blocks, k, spec, dtype, order, beside):
             return blocks
     return None
 
 
-def fits(blocks: Blocks, k: int, spec: QuantSpec, dtype: Any, order: str) -> bool:
+def fits(blocks: Blocks, k: int, spec: QuantSpec, dtype: Any, order: str, beside: Beside = Beside()) -> bool:
     """Whether a kernel with such tiles has enough VMEM, by an estimate; arguments as for `default_blocks`."""
-    return _vmem(blocks, k, spec, dtype, order) <= _VMEM
+    return _vmem(blocks, k, spec, dtype, order, beside) <= _VMEM
 
 
 def _cuts_depth(group: int) -> bool:
@@ -242,7 +320,7 @@ def _cuts_groups(tile: int, group: int) -> bool:
     return tile % group == 0 or group % tile == 0
 
 
-def _vmem(blocks: Blocks, k: int, spec: QuantSpec, dtype: Any, order: str) -> int:
+def _vmem(blocks: Blocks, k: int, spec: QuantSpec, dtype: Any, order: str, beside: Beside) -> int:
     """Bytes of the windows, each of which Pallas holds twice, of the scratch and of the tile."""
     size = jnp.dtype(dtype).itemsize
     m, bn, bk = blocks.m, blocks.n, blocks.k
@@ -250,8 +328,10 @@ def _vmem(blocks: Blocks, k: int, spec: QuantSpec, dtype: Any, order: str) -> in
     windows = tile_tpu.windows(spec.format, k, bk, LANES if turned else 1)
     words = sum(w.rows for w in windows) * bn * (1 if spec.format.bits == 8 else 4)
     scales = -(-k // spec.group_size(k)) * bn * 4 * (2 if spec.zero_point else 1)
-    windows = m * max(bk, bn) * 4 + words + scales + m * max(bn, bk) * size
-    return 2 * windows + m * bn * 4 + scales + bk * bn * size + (words if turned else 0)
+    held = m * bn * 4 + scales + (words if turned else 0)
+    others = sum((m if rows else SUBLANES) * (bn if columns else LANES) * 4 for rows, columns in beside.others)
+    windows = m * max(bk, bn) * 4 + m * max(bn, bk) * size + others + beside.weights * (words + scales)
+    return 2 * windows + bk * bn * size + beside.weights * held
 
 
 def _round_up(size: int, unit: int) -> int:
@@ -262,13 +342,14 @@ def _round_up(size: int, unit: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Product:
+class Product:
     """What the kernel has to know beside its operands: sizes K and N, and dtypes.
 
     Attributes:
         order: of the words, "kn" or "nk".
         dtype: of the operands of the dot.
         rounding: narrower dtypes that a weight is rounded to before.
+        biased: whether codes are multiplied with a bias.
     """
 
     spec: QuantSpec
@@ -279,9 +360,33 @@ class _Product:
     blocks: Blocks
     dtype: Any
     rounding: tuple[Any, ...]
+    biased: bool
+
+    @staticmethod
+    def of(w: QTensor, casts: tuple[Any, ...], dtype: Any, order: str, transpose: bool, blocks: Blocks) -> Product:
+        """With matrices of this weight, for the chip that programs are made for; scales go in before if they have to.
+
+        Raises:
+            ValueError: such tiles do not cut the weight.
+        """
+        group, rounding = w.group_size, ()
+        whole = group == w.layout.k
+        if blocks.k % K_MULTIPLE or blocks.n % LANES or not (whole or _cuts_groups(blocks.k, group)):
+            raise ValueError(
+                f"qjax: {blocks} for a packed {w.spec} matrix with K={w.layout.k}: k must be a multiple of "
+                f"{K_MULTIPLE}, and of the group size or the group size of it; n must be a multiple of {LANES}."
+            )
+        if dtype == jnp.float32:
+            rounding = tuple(d for d in (w.dtype, *casts) if d == jnp.bfloat16)
+        if transpose or rounding or not (whole or _cuts_depth(group)):
+            blocks = dataclasses.replace(blocks, scale="before")
+        can_bias = blocks.scale == "after" and dtype == jnp.bfloat16 and tile_tpu.can_bias(w.spec.format)
+        pays = group >= _DEPTH // 2 and blocks.m <= _MOST_BIASED and blocks_tpu.chip() in _NO_BFLOAT16_ARITHMETIC
+        return Product(w.spec, w.layout.k, w.layout.n, order, transpose, blocks, dtype, rounding, can_bias and pays)
 
     @property
     def group(self) -> int:
+        """Values along K that share a scale."""
         return self.spec.group_size(self.k)
 
     @property
@@ -311,6 +416,7 @@ class _Product:
 
     @property
     def produced(self) -> tuple[int, int]:
+        """Size of the other axis of the weight, and of its tiles."""
         return (self.k, self.blocks.k) if self.transpose else (self.n, self.blocks.n)
 
     @property
@@ -321,11 +427,11 @@ class _Product:
 
 
 def _call(
-    product: _Product,
-    layers: Int[Array, " 2"],
+    product: Product,
     x: Float[Array, "B M _"],
-    words: Int[Array, "L B _ _"],
-    scales: numerics.Scales,
+    weights: Sequence[Packed],
+    others: Sequence[Float[Array, "_ _ _"]],
+    epilogue: Epilogue | None,
     out_dtype: jnp.dtype,
     interpret: bool,
 ) -> Float[Array, "B M _"]:
@@ -333,8 +439,7 @@ def _call(
 
     Args:
         product: what is computed.
-        layers: index of the layer of the words, and of that of the scales.
-        x, words, scales: operands; the words in the order of the product, the scales in order "kn".
+        x, weights, others, epilogue: operands, and what is made of the products.
         out_dtype: of the result.
         interpret: as for `matmul`.
     """
@@ -347,67 +452,148 @@ def _call(
 
         return pl.BlockSpec((None, None, *shape), index)
 
-    def window_of_words(part: tile_tpu.Window) -> pl.BlockSpec:
+    def window_of_words(which: int, part: tile_tpu.Window) -> pl.BlockSpec:
         if product.order == "nk":
-            return window(0, (blocks.n, part.rows), lambda k, n: (n, part.first + part.step * k))
-        return window(0, (part.rows, blocks.n), lambda k, n: (part.first + part.step * k, n))
+            return window(which, (blocks.n, part.rows), lambda k, n: (n, part.first + part.step * k))
+        return window(which, (part.rows, blocks.n), lambda k, n: (part.first + part.step * k, n))
 
-    parts = product.windows
-    small = [a for a in (scales.values, scales.zero) if a is not None]
-    columns = blocks.n if scales.values.shape[-1] == product.n else 1
-    copied = [product.transpose or columns == 1 or a.dtype != jnp.float32 for a in small]
+    def window_of_result(a: Array) -> pl.BlockSpec:
+        repeated = [size == 1 for size in a.shape]
+        shape = (None, *(1 if one else size for one, size in zip(repeated[1:], (blocks.m, outer_tile), strict=True)))
+        return pl.BlockSpec(
+            shape,
+            lambda b, i, o, s, layers: tuple(0 if one else at for one, at in zip(repeated, (b, i, o), strict=True)),
+        )
+
+    parts, (first, *_) = product.windows, weights
+    columns = blocks.n if first.scales.values.shape[-1] == product.n else 1
+    copied = [product.transpose or columns == 1 or a.dtype != jnp.float32 for a in first.small]
+    in_specs, scratch, operands = [], [], []
+    for i, w in enumerate(weights):
+        in_specs += [window_of_words(2 * i, part) for part in parts]
+        in_specs += [
+            window(2 * i + 1, (a.shape[-2], columns), lambda k, n: (0, n if columns > 1 else 0)) for a in w.small
+        ]
+        scratch.append(pltpu.VMEM((blocks.m, outer_tile), jnp.float32))
+        scratch += [pltpu.VMEM((part.rows, blocks.n), jnp.int32) for part in parts if product.rows_of_words]
+        scratch += [pltpu.VMEM((a.shape[-2], blocks.n), jnp.float32) for a in itertools.compress(w.small, copied)]
+        operands += [*[w.words] * len(parts), *w.small]
     return pl.pallas_call(
-        functools.partial(_kernel, product, copied),
+        functools.partial(_kernel, product, copied, len(weights), epilogue),
         out_shape=jax.ShapeDtypeStruct((stack, m, outer), out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(stack, pl.cdiv(m, blocks.m), pl.cdiv(outer, outer_tile), pl.cdiv(inner, inner_tile)),
             in_specs=[
                 pl.BlockSpec((None, blocks.m, inner_tile), lambda b, i, o, s, layers: (b, i, s)),
-                *map(window_of_words, parts),
-                *(window(1, (a.shape[-2], columns), lambda k, n: (0, n if columns > 1 else 0)) for a in small),
+                *in_specs,
+                *map(window_of_result, others),
             ],
             out_specs=pl.BlockSpec((None, blocks.m, outer_tile), lambda b, i, o, s, layers: (b, i, o)),
-            scratch_shapes=[
-                pltpu.VMEM((blocks.m, outer_tile), jnp.float32),
-                *(pltpu.VMEM((part.rows, blocks.n), jnp.int32) for part in parts if product.rows_of_words),
-                *(pltpu.VMEM((a.shape[-2], blocks.n), jnp.float32) for a in itertools.compress(small, copied)),
-            ],
+            scratch_shapes=scratch,
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=2 * stack * m * product.k * product.n,
-            bytes_accessed=x.nbytes + words.nbytes // words.shape[0] + stack * m * outer * out_dtype.itemsize,
+            flops=2 * stack * m * product.k * product.n * len(weights),
+            bytes_accessed=x.nbytes
+            + sum(w.words.nbytes // w.words.shape[0] for w in weights)
+            + sum(a.nbytes for a in others)
+            + stack * m * outer * out_dtype.itemsize,
             transcendentals=0,
         ),
-        name="quantized_matmul",
+        name="fused_matmul" if epilogue else "quantized_matmul",
         interpret=interpret,
-    )(layers, x, *[words] * len(parts), *small)
+    )(jnp.concatenate([w.layers for w in weights]), x, *operands, *others)
 
 
-def _kernel(product: _Product, copied: Sequence[bool], _: Any, x_ref: Any, *refs: Any) -> None:
-    """Adds the product of two tiles to the sum; after the last one that is written to the result.
+def _kernel(
+    product: Product, copied: Sequence[bool], weights: int, epilogue: Epilogue | None, _: Any, x_ref: Any, *refs: Any
+) -> None:
+    """Adds the products of two tiles to their sums; after the last ones what is made of them is written.
 
     Args:
         product: what is computed.
         copied: which of scales and zero points have a float32 copy. Mosaic takes a single row at an index that is only
             known at run time from float32, but not from narrower dtypes.
+        weights: how many are multiplied.
+        epilogue: what is made of the sums, if not the result itself.
         x_ref: a tile of x.
-        refs: words, scales, zero points; the result; the sum, transposed words, and copies.
+        refs: words, scales, zero points of each weight; other operands of the epilogue; the result; the sum, transposed
+            words, and copies of each weight.
     """
-    parts = product.windows
-    word_refs, small = refs[: len(parts)], refs[len(parts) : len(parts) + len(copied)]
-    out_ref, sum_ref, *copies = refs[len(parts) + len(copied) :]
-    step, blocks = pl.program_id(3), product.blocks
+    parts, others = len(product.windows), epilogue.others if epilogue else 0
+    rest, turned = iter(refs), parts if product.rows_of_words else 0
+
+    def take(count: int) -> list[Any]:
+        return list(itertools.islice(rest, count))
+
+    column, step = pl.program_id(2), pl.program_id(3)
+    given = [take(parts + len(copied)) for _ in range(weights)]
+    other_refs, (out_ref,) = take(others), take(1)
+    scratch = [take(1 + turned + sum(copied)) for _ in range(weights)]
+    sums = []
+    for inputs, (sum_ref, *buffers) in zip(given, scratch, strict=True):
+        scale = accumulate(product, copied, x_ref, inputs[:parts], inputs[parts:], sum_ref, buffers, step, column)
+        sums.append((sum_ref, scale if product.blocks.scale == "after" and product.whole else None))
+
+    @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
+    def _finish() -> None:
+        if epilogue is None:
+            ((sum_ref, scale),) = sums
+            result = sum_ref[...]
+            if scale is not None:
+                result *= scale[...]
+            out_ref[...] = result.astype(out_ref.dtype)
+        else:
+            _finish_strips(epilogue, sums, other_refs, out_ref)
+
+
+def _finish_strips(epilogue: Epilogue, sums: Sequence[tuple[Any, Any]], others: Sequence[Any], out_ref: Any) -> None:
+    """Writes what is made of the sums, each with a scale or None; `_STRIP` rows at a time."""
+
+    def strip(i: Any) -> None:
+        rows = pl.ds(pl.multiple_of(i * _STRIP, _STRIP), _STRIP)
+        products = [ref[rows, :] if scale is None else ref[rows, :] * scale[...] for ref, scale in sums]
+        out_ref[rows, :] = epilogue(products, [ref[rows, :] if ref.shape[0] > 1 else ref[...] for ref in others])
+
+    count = out_ref.shape[0] // _STRIP
+    if count == 1:
+        strip(0)
+    else:
+        lax.fori_loop(0, count, lambda i, _: strip(i), None)
+
+
+def accumulate(
+    product: Product,
+    copied: Sequence[bool],
+    x_ref: Any,
+    word_refs: Sequence[Any],
+    small: Sequence[Any],
+    sum_ref: Any,
+    buffers: Sequence[Any],
+    step: Any,
+    column: Any,
+) -> Any:
+    """Adds the product of a tile of x and one of a weight to the sum; returns the scales in float32.
+
+    Args:
+        product, copied, x_ref: as for `_kernel`.
+        word_refs, small: words; scales and zero points.
+        sum_ref: the sum.
+        buffers: for transposed words, and for copies.
+    """
+    blocks = product.blocks
     size, tile = product.contracted
     left = size - step * tile  # of the contracted axis, from this tile on
+    copies = buffers
 
     @pl.when(step == 0)
     def _start() -> None:
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     if product.rows_of_words:
-        turned, copies = copies[: len(parts)], copies[len(parts) :]
+        parts = product.windows
+        turned, copies = buffers[: len(parts)], buffers[len(parts) :]
 
         def turn() -> None:
             for ref, target in zip(word_refs, turned, strict=True):
@@ -436,7 +622,7 @@ def _kernel(product: _Product, copied: Sequence[bool], _: Any, x_ref: Any, *refs
     if product.ragged:
         x = _zero_from(left, x.astype(jnp.float32), 1)  # as in `_scaled_sums`
     x = x.astype(product.dtype)
-    at = pl.program_id(2) if product.transpose else step
+    at = column if product.transpose else step
     if product.rows_of_codes:
         words = word_refs[0][...]
     else:
@@ -446,13 +632,7 @@ def _kernel(product: _Product, copied: Sequence[bool], _: Any, x_ref: Any, *refs
         sum_ref[...] += _dot(x, weights, product, 1 if product.transpose else 0)
     else:
         sum_ref[...] += _scaled_sums(product, x, words, scales, zero, at, left)
-
-    @pl.when(step == pl.num_programs(3) - 1)
-    def _finish() -> None:
-        result = sum_ref[...]
-        if blocks.scale == "after" and product.whole:
-            result *= scales[...]
-        out_ref[...] = result.astype(out_ref.dtype)
+    return scales
 
 
 def _zero_from(limit: Any, a: Array, axis: int) -> Array:
@@ -460,20 +640,20 @@ def _zero_from(limit: Any, a: Array, axis: int) -> Array:
     return jnp.where(lax.broadcasted_iota(jnp.int32, a.shape, axis) < limit, a, 0)
 
 
-def _dot(x: Array, w: Array, product: _Product, axis: int) -> Array:
+def _dot(x: Array, w: Array, product: Product, axis: int) -> Array:
     """Contracts the last axis of x with this one of w."""
     precision = lax.Precision.HIGHEST if product.dtype == jnp.float32 else lax.Precision.DEFAULT
     dimensions = (((1,), (axis,)), ((), ()))
     return lax.dot_general(x, w, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _groups(product: _Product) -> tuple[int, int]:
+def _groups(product: Product) -> tuple[int, int]:
     """How many groups a tile has (part of one counts), and how much of K it has of each."""
     size = product.blocks.k if product.whole else min(product.group, product.blocks.k)
     return product.blocks.k // size, size
 
 
-def _row(ref: Any, product: _Product, at: Any, g: int) -> Float[Array, "1 N"]:
+def _row(ref: Any, product: Product, at: Any, g: int) -> Float[Array, "1 N"]:
     """What belongs to group g of tile `at` along K; in a tile that reaches beyond K, anything that is finite."""
     if ref.shape[0] == 1:
         return ref[...]
@@ -482,7 +662,7 @@ def _row(ref: Any, product: _Product, at: Any, g: int) -> Float[Array, "1 N"]:
     return ref[pl.ds(jnp.minimum(first + g, ref.shape[0] - 1), 1), :]
 
 
-def _codes(product: _Product, words: Array, dtype: Any, left: Any) -> Array:
+def _codes(product: Product, words: Array, dtype: Any, left: Any) -> Array:
     """Unscaled values, finite ones beyond the contracted axis: any bits are an integer or an entry of a codebook."""
     if product.spec.format.kind != "float" or not product.ragged:
         return tile_tpu.codes(words, product.spec.format, dtype)
@@ -490,7 +670,7 @@ def _codes(product: _Product, words: Array, dtype: Any, left: Any) -> Array:
     return _zero_from(left, codes, int(product.transpose != product.rows_of_codes)).astype(dtype)
 
 
-def _weights(product: _Product, words: Array, scales: Any, zero: Any, at: Any, left: Any) -> Float[Array, "K N"]:
+def _weights(product: Product, words: Array, scales: Any, zero: Any, at: Any, left: Any) -> Float[Array, "K N"]:
     """The tile of the weight."""
     count, size = _groups(product)
 
@@ -513,7 +693,7 @@ def _weights(product: _Product, words: Array, scales: Any, zero: Any, at: Any, l
 
 
 def _scaled_sums(
-    product: _Product, x: Array, words: Array, scales: Any, zero: Any, at: Any, left: Any
+    product: Product, x: Array, words: Array, scales: Any, zero: Any, at: Any, left: Any
 ) -> Float[Array, "M N"]:
     """Sums over each group, times its scale; with one scale for all of K, the sum without it.
 
@@ -526,16 +706,23 @@ def _scaled_sums(
     depth = beside * size
     height = tile_tpu.rows(product.spec.format, depth)
     total = jnp.zeros((rows, product.blocks.n), jnp.float32)
+    if product.biased:
+        x = tile_tpu.reordered(x)
     for i in range(count // beside):
         part = x[:, i * depth : (i + 1) * depth]
         if beside > 1:  # in float32, as Mosaic has no mask for the tiles of 4 rows of bfloat16
             part = part.astype(jnp.float32)
-            group = lax.div(lax.broadcasted_iota(jnp.int32, part.shape, 1), jnp.int32(size))  # // asks for the TPU
+            column = lax.broadcasted_iota(jnp.int32, part.shape, 1)
+            column = tile_tpu.origin(column) if product.biased else column
+            group = lax.div(column, jnp.int32(size))  # // asks for the TPU
             part = jnp.concatenate([jnp.where(group == g, part, 0) for g in range(beside)]).astype(product.dtype)
         packed = slice(i * height, (i + 1) * height)
         packed = words[:, packed] if product.rows_of_codes else words[packed]
-        codes = _codes(product, packed, product.dtype, left - i * depth)
-        sums = _dot(part, codes, product, 1 if product.rows_of_codes else 0)
+        if product.biased:
+            sums = _sums_of_biased(part, packed)
+        else:
+            codes = _codes(product, packed, product.dtype, left - i * depth)
+            sums = _dot(part, codes, product, 1 if product.rows_of_codes else 0)
         if zero is not None:
             shift = jnp.sum(part.astype(jnp.float32), axis=1, keepdims=True)
         for g in range(beside):
@@ -544,4 +731,16 @@ def _scaled_sums(
             if zero is not None:
                 of_group -= shift[own] * _row(zero, product, at, i * beside + g)
             total += of_group if product.whole else of_group * _row(scales, product, at, i * beside + g)
+    return total
+
+
+def _sums_of_biased(x: Array, words: Array) -> Float[Array, "M N"]:
+    """`x @ codes` by way of `tile_tpu.biased_codes`; the bias is taken off before sums grow and lose digits to it."""
+    height = LANES // 8
+    total = jnp.zeros((x.shape[0], words.shape[1]), jnp.float32)
+    for i in range(x.shape[1] // LANES):
+        part = x[:, i * LANES : (i + 1) * LANES]
+        codes = tile_tpu.biased_codes(words[i * height : (i + 1) * height])
+        sums = jnp.dot(part, codes, preferred_element_type=jnp.float32)
+        total += sums - tile_tpu.BIAS * jnp.sum(part.astype(jnp.float32), axis=1, keepdims=True)
     return total

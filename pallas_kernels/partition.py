@@ -79,7 +79,7 @@ def lowering(kernel: Callable[..., Array], plain: Callable[..., Array]) -> Calla
 
 def _left_to_xla(ctx: mlir.LoweringRuleContext) -> bool:
     """Whether the program is for several devices and XLA is to split it: no kernel can be in it then."""
-    if any(_is_explicit(aval) for aval in ctx.avals_in):
+    if any(is_explicit(aval) for aval in ctx.avals_in):
         return False
     context: Any = ctx.module_context.axis_context
     if hasattr(context, "manual_axes"):  # inside a shard_map
@@ -90,7 +90,8 @@ def _left_to_xla(ctx: mlir.LoweringRuleContext) -> bool:
 # --- Explicit axes: who has what -------------------------------------------------------------------------------
 
 
-def _is_explicit(aval: Any) -> bool:
+def is_explicit(aval: Any) -> bool:
+    """Whether the type of an array says which mesh axes split it."""
     mesh = getattr(aval, "sharding", None) and aval.sharding.mesh
     return bool(mesh) and not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
 
@@ -173,7 +174,7 @@ class Split:
         Raises:
             ValueError: each device cannot multiply what it has; the message says what to shard otherwise.
         """
-        mesh = next((a.sharding.mesh for a in (x, *jax.tree.leaves(w)) if _is_explicit(a)), None)
+        mesh = next((a.sharding.mesh for a in (x, *jax.tree.leaves(w)) if is_explicit(a)), None)
         if mesh is None:
             return None
         *lead, k, n = _names(w.words)
@@ -274,7 +275,7 @@ def result(
 
 def like(a: Array, aval: Any) -> Array:
     """`a`, moved to the explicit sharding of `aval` if it has one."""
-    return jax.sharding.reshard(a, aval.sharding) if _is_explicit(aval) else a
+    return jax.sharding.reshard(a, aval.sharding) if is_explicit(aval) else a
 
 
 # --- Explicit axes: the products -------------------------------------------------------------------------------

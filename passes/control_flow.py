@@ -80,7 +80,7 @@ def _whole(operands: Sequence[int]) -> tuple[Feed, ...]:
     return tuple(Feed(i, "whole") for i in operands)
 
 
-def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Numbers of constants and of carries among a scan's operands."""
     if "ft_in" in params:
         consts, carry, _ = params["ft_in"].unpack()
@@ -95,7 +95,7 @@ def _invariant(jaxpr: Any, first: int, count: int) -> list[bool]:
 
 def _scan_bodies(eqn: Any) -> list[Body]:
     jaxpr = eqn.params["jaxpr"]
-    n_consts, n_carry = _scan_counts(eqn.params)
+    n_consts, n_carry = scan_counts(eqn.params)
     kept = _invariant(jaxpr, n_consts, n_carry)
     how: list[Any] = ["whole"] * n_consts + ["whole" if k else "carried" for k in kept]
     how += ["scanned"] * (len(eqn.invars) - len(how))
@@ -165,7 +165,7 @@ def _float(value: Any) -> Any:
 
 def _rebuild_scan(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> Rebuilt:
     params = eqn.params
-    n_consts, n_carry = _scan_counts(params)
+    n_consts, n_carry = scan_counts(params)
     kept = _invariant(params["jaxpr"], n_consts, n_carry)
     consts, carry, xs = values[:n_consts], values[n_consts : n_consts + n_carry], values[n_consts + n_carry :]
     carry = [c if k else _float(c) for c, k in zip(carry, kept, strict=True)]

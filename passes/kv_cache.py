@@ -5,7 +5,7 @@ made from the old one and from new vectors only by operations that move vectors 
 selects between vectors, slices, concatenations, transposes, reshapes, repetition, casts). Such an operation is done to
 codes and scales alike: vectors that stay keep their bits, new ones are quantized once. Whatever else the program reads
 from the cache it reads dequantized, except that a `dot_general` multiplies codes and applies scales to its result or
-to its other operand.
+to its other operand (`pallas_kernels.cache_dot`).
 
 `plan_caches` decides, by one walk that follows each state with every axis that could hold its vectors; the rest is
 what `passes.replay` calls. Both ask `MOVES`, so the replay does what the walk has seen; only where an operation alone
@@ -31,6 +31,7 @@ from jaxtyping import Array
 from rich.table import Table
 
 from pallas_kernels import kv_cache
+from pallas_kernels.cache_dot import cache_dot_general, reading
 from pallas_kernels.formats import FORMATS
 from pallas_kernels.kv_cache import CacheSpec, QCache
 from passes import control_flow
@@ -432,15 +433,11 @@ def _holds(move: Move, eqn: Any, out: int, operand: int, p: int) -> dict[int, in
 
 
 def _dot_reads(eqn: Any, operand: int, p: int) -> str | None:
-    """Whether a dot contracts the vectors ("contracted") or produces them ("free"); None where it needs floats."""
+    """Whether a dot contracts the vectors ("scores") or produces them ("values"); None where it needs floats."""
     contract, batch = (dims[operand] for dims in eqn.params["dimension_numbers"])
-    shape = _shape(eqn, operand)
     if eqn.params.get("out_sharding") is not None:
         return None
-    if p in contract:
-        return "contracted" if all(i == p or shape[i] == 1 for i in contract) else None
-    others = [i for i in range(len(shape)) if i not in (*contract, *batch, p) and shape[i] != 1]
-    return None if p in batch or others else "free"
+    return reading(_shape(eqn, operand), p, contract, batch)
 
 
 # --- Analysis --------------------------------------------------------------------------------------------------
@@ -717,7 +714,7 @@ class _Walk:
 
 def _carries(eqn: Any) -> int:
     """Number of carries of a loop: its first results."""
-    return len(eqn.outvars) if eqn.primitive is prims.while_p else control_flow._scan_counts(eqn.params)[1]
+    return len(eqn.outvars) if eqn.primitive is prims.while_p else control_flow.scan_counts(eqn.params)[1]
 
 
 def _out_avals(program: Program) -> list[Any]:
@@ -1032,48 +1029,28 @@ def _moved(move: Move, eqn: Any, values: Sequence[Any], like: QCache, out: int, 
     return Cached(kv_cache.from_leaves(moved, like, out, eqn.outvars[0].aval.dtype))
 
 
-def _dot(eqn: Any, values: Sequence[Any], operand: int) -> Array | None:
-    """A product with codes; scales are applied where the vectors are contracted away, or before where they are made.
+def dot_reads(eqn: Any, operand: int, cached: Cached) -> str | None:
+    """How a dot reads this operand: "scores" or "values" (`cache_dot.reading`), or None where it needs floats.
 
-    scores[.., t, h] = (sum over d of q[.., h, d] codes[t, h, d]) scale[t, h]
-    out[.., h, d] = sum over t of (p[.., h, t] scale[t, h]) codes[t, h, d]
-
-    Sums are in float32. XLA on CPU converts the codes of the operand at hand (one layer of a scan) to floats before it
-    multiplies, as it copies a float operand to transpose it; a kernel that reads codes needs no such copy.
+    Values of codebooks are exact in float32 only.
     """
-    cache, x = values[operand].base, values[1 - operand]
-    reads = _dot_reads(eqn, operand, values[operand].position)
-    if reads is None or cache.spec.format.kind == "codebook":  # table values are exact in float32 only
+    codebook = cached.base.spec.format.kind == "codebook"
+    return None if codebook else _dot_reads(eqn, operand, cached.position)
+
+
+def _dot(eqn: Any, values: Sequence[Any], operand: Any) -> Array | None:
+    """A product with codes, or None where it needs floats."""
+    cached, x = values[operand], values[1 - operand]
+    if dot_reads(eqn, operand, cached) is None:
         return None
-    contract, batch = eqn.params["dimension_numbers"]
-    own_contract, own_batch, x_contract, x_batch = (
-        contract[operand],
-        batch[operand],
-        contract[1 - operand],
-        batch[1 - operand],
+    return cache_dot_general(
+        jnp.asarray(x),
+        cached.base,
+        eqn.params["dimension_numbers"],
+        operand=operand,
+        precision=eqn.params["precision"],
+        out_dtype=eqn.outvars[0].aval.dtype,
     )
-    x_free = [i for i in range(x.ndim) if i not in (*x_contract, *x_batch)]
-    free = [i for i in range(cache.ndim) if i not in (*own_contract, *own_batch)]
-    scale = kv_cache.scales(cache)
-    # bfloat16 holds codes less zero points exactly; float16 would lose small scaled probabilities
-    dtype = x.dtype if x.dtype == jnp.bfloat16 else jnp.dtype("float32")
-    if reads == "free":
-        of_x = scale.transpose(*own_batch, *own_contract, *free)
-        of_x = of_x.reshape(*of_x.shape[: len(own_batch) + len(own_contract)], *(1,) * len(x_free))
-        order = [*x_batch, *x_contract, *x_free]
-        x = x.astype(jnp.float32) * of_x.transpose(sorted(range(len(order)), key=order.__getitem__))
-    pair: list[Any] = [x.astype(dtype)] * 2
-    pair[operand] = kv_cache.unscaled(cache, dtype)
-    params = {**eqn.params, "preferred_element_type": jnp.dtype("float32")}
-    out = eqn.primitive.bind(*pair, **eqn.primitive.get_bind_params(params))
-    if reads == "contracted":
-        of_out = scale.transpose(*own_batch, *free, *own_contract)
-        sizes = of_out.shape[: len(own_batch) + len(free)]
-        ones = (1,) * len(x_free)
-        split = len(own_batch)
-        tail = (*sizes[split:], *ones) if operand == 0 else (*ones, *sizes[split:])
-        out = out * of_out.reshape(*sizes[:split], *tail)
-    return out.astype(eqn.outvars[0].aval.dtype)
 
 
 def returned(values: Sequence[Any], plan: CachePlan) -> list[Any]:

@@ -1,9 +1,9 @@
 """`RULES`: operations on a packed parameter, said with the packed kernels.
 
-The handler of serving. A dot goes to `quantized_matmul`, a lookup to `quantized_take`; a convolution and a ragged
-dot run on the weight dequantized in place, by the equation that the program has. A rule returns None where the
-operation reads the parameter along other axes than it was packed for (the second use of a shared parameter): the
-replay then dequantizes it there.
+The handler of serving. A dot goes to `quantized_matmul`, a ragged dot to `quantized_ragged_matmul`, a lookup to
+`quantized_take`; a convolution runs on the weight dequantized in place, by the equation that the program has. A rule
+returns None where the operation reads the parameter along other axes than it was packed for (the second use of a shared
+parameter), or has a form that the kernels do not: the replay then dequantizes it there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from jaxtyping import Array
 
 from pallas_kernels.matmul import quantized_matmul
 from pallas_kernels.matmul_reference import pick_layer
+from pallas_kernels.ragged_matmul import quantized_ragged_matmul
 from pallas_kernels.take import quantized_take
+from passes.control_flow import ragged_dot_general_p
 from passes.replay import Ref, Rule
 from passes.sites import SITES, take_axis
 from passes.views import Atom
@@ -142,6 +144,41 @@ def lower_dot(eqn: Any, values: list[Any], operand: int) -> list[Any] | None:
     return [form.result(out)]
 
 
+def lower_ragged_dot(eqn: Any, values: list[Any], operand: int) -> list[Any] | None:
+    """`ragged_dot`, and any `ragged_dot_general` that sorts the rows of one matrix by expert."""
+    ref, x, params = values[operand], values[0], eqn.params
+    view, q, numbers = ref.view, ref.base, eqn.params["ragged_dot_dimension_numbers"]
+    roles = SITES[ragged_dot_general_p][2](eqn, operand)
+    if roles is None or view.layout(roles) != q.layout:
+        return None
+    (x_contract, w_contract), batch = numbers.dot_dimension_numbers
+    if any(batch) or len(x_contract) != 1 or len(eqn.invars[0].aval.shape) != 2:
+        return None
+    if params["out_sharding"] is not None or params["group_offset"] is not None:
+        return None
+    (group,) = numbers.rhs_group_dimensions
+    picked = pick(ref, list(view.axes[group]))
+    if picked is None or len(picked[0].words.shape) - 2 - (picked[1] is not None) != 1:
+        return None
+    k_atoms = view.axes[w_contract[0]]
+    n_atoms = [atom for i, role in enumerate(roles) if role == "n" for atom in view.axes[i]]
+    k_order, n_order = _in_order(list(k_atoms)), _in_order(n_atoms)
+    x = x if x_contract == (1,) else x.T
+    rows = x.reshape(-1, *_sizes(list(k_atoms))).transpose(0, *(1 + i for i in k_order)).reshape(x.shape)
+    out = quantized_ragged_matmul(
+        rows,
+        picked[0],
+        jnp.asarray(values[2]),
+        layer=picked[1],
+        casts=view.casts,
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    out = out.reshape(-1, *_sizes([n_atoms[i] for i in n_order]))
+    out = out.transpose(0, *(1 + n_order.index(i) for i in range(len(n_order))))
+    return [out.reshape(eqn.outvars[0].aval.shape)]
+
+
 def lower_take(eqn: Any, values: list[Any], operand: int) -> list[Any] | None:
     """A `gather` of whole rows of a packed table, with its rule for indices out of range."""
     ref, indices = values[0], values[1]
@@ -176,4 +213,5 @@ def lower_take(eqn: Any, values: list[Any], operand: int) -> list[Any] | None:
 RULES: dict[Any, Rule] = {
     prims.dot_general_p: lower_dot,
     prims.gather_p: lower_take,
+    ragged_dot_general_p: lower_ragged_dot,
 }

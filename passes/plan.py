@@ -26,6 +26,7 @@ from pallas_kernels.qtensor import Layout, packed_nbytes
 from passes.sites import Address, Fold, Site, Sites, Unweighted
 
 if TYPE_CHECKING:
+    from passes.fuse import Fusion
     from passes.kv_cache import CachePlan
 
 
@@ -220,6 +221,7 @@ class Plan:
         sites: the matmuls and convolutions whose inputs are quantized, in program order.
         norms: batch normalisations, where they are folded, as (name, what is done or why nothing is).
         caches: the same for state, where the recipe says how key-value caches are stored; else None.
+        fusions: what becomes part of the products of packed weights.
     """
 
     entries: tuple[Entry, ...]
@@ -227,6 +229,7 @@ class Plan:
     sites: tuple[QuantizedSite, ...] = ()
     norms: tuple[tuple[str, str], ...] = ()
     caches: CachePlan | None = None
+    fusions: tuple[Fusion, ...] = ()
 
     @functools.cached_property
     def _by_name(self) -> dict[str, Entry]:
@@ -278,6 +281,7 @@ class Plan:
             "matmuls without parameters": [list(u) for u in self.unweighted],
             "bits_per_weight": round(self.bits_per_weight, 4),
             **({"caches": self.caches.to_json()} if self.caches else {}),
+            **({"fused": [str(fusion) for fusion in self.fusions]} if self.fusions else {}),
         }
 
     def save(self, path: str) -> None:
@@ -316,6 +320,8 @@ class Plan:
             console.print(self.caches)
         for what, reason in (*self.unweighted, *((f"batch norm {name}", what) for name, what in self.norms)):
             console.print(f"{what}: {reason}")
+        for fusion in self.fusions:
+            console.print(f"fused {fusion}")
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines())
 

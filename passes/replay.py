@@ -12,8 +12,8 @@ neither a view nor taken by the handler, it is dequantized, so the result is rig
 In training a `Ref` has a shadow: the float value, with its gradient, that the program makes of the parameter. Views
 are executed on it, and it is what the `Ref` is as a float.
 
-Equations are taken over in two ways: by primitive where a packed parameter goes in (`rules`), and by address (`at`),
-which is how the plan has inputs quantized and observed.
+Equations are taken over in three ways: by primitive where a packed parameter goes in (`rules`), by address (`at`),
+which is how the plan has inputs quantized and observed, and several of one body together (`fused`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels.qtensor import Layout, QTensor
-from passes import control_flow, kv_cache, views
+from passes import attention, control_flow, kv_cache, views
 from passes.kv_cache import NO_CACHES, Cached, CachePlan
 from passes.sites import Address
 from passes.trace import Program
@@ -178,6 +178,24 @@ AtRule = Callable[[Any, list[Any], Scope], list[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Fused:
+    """Equations of one body that are carried out together, in the place of the last of them, which alone has a result
+    that others use.
+
+    Attributes:
+        body: address of the body.
+        equations: their numbers, ascending.
+        reads: numbers of other equations whose operands the rule reads.
+        rule: `rule(equations of the body, value of an atom)` -> that result, or None to have each run by itself.
+    """
+
+    body: Address
+    equations: tuple[int, ...]
+    reads: tuple[int, ...]
+    rule: Callable[[Sequence[Any], Callable[[Any], Any]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class FoldValue:
     """What replaces result `out` of the equation at `address`: packed or float, stacked over `loops`."""
 
@@ -202,9 +220,17 @@ def _is_packed(value: Any) -> bool:
 
 class _Replayer:
     def __init__(
-        self, rules: Mapping[Any, Rule], folds: Sequence[FoldValue], at: Mapping[Address, AtRule], caches: CachePlan
+        self,
+        rules: Mapping[Any, Rule],
+        folds: Sequence[FoldValue],
+        at: Mapping[Address, AtRule],
+        fused: Sequence[Fused],
+        caches: CachePlan,
     ):
         self.rules = rules
+        self.fused: dict[Address, list[Fused]] = {}
+        for together in fused:
+            self.fused.setdefault(together.body, []).append(together)
         self.caches = caches
         self.at = at
         self.folds: dict[Address, list[FoldValue]] = {}
@@ -222,14 +248,31 @@ class _Replayer:
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, JaxprLiteral) else env[atom]
 
-        last_use: dict[Any, int] = {}
-        for i, eqn in enumerate(jaxpr.eqns):
-            last_use.update((v, i) for v in eqn.invars if not isinstance(v, JaxprLiteral))
-        kept = {v for v in jaxpr.outvars if not isinstance(v, JaxprLiteral)}
-        for i, eqn in enumerate(jaxpr.eqns):
+        def run(i: int) -> None:
+            eqn = jaxpr.eqns[i]
             results = self.equation(eqn, [read(v) for v in eqn.invars], (*address, i))
             env.update(zip(eqn.outvars, results, strict=True))
-            for v in {v for v in eqn.invars if not isinstance(v, JaxprLiteral)}:
+
+        together = {fused.equations[-1]: fused for fused in self.fused.get(address, ())}
+        place = {i: last for last in sorted(together) for i in (*together[last].equations, *together[last].reads)}
+        taken = {i for fused in together.values() for i in fused.equations[:-1]}
+        last_use: dict[Any, int] = {}
+        for i, eqn in enumerate(jaxpr.eqns):
+            for v in eqn.invars:
+                if not isinstance(v, JaxprLiteral):
+                    last_use[v] = max(last_use.get(v, 0), place.get(i, i))
+        kept = {v for v in jaxpr.outvars if not isinstance(v, JaxprLiteral)}
+        for i, eqn in enumerate(jaxpr.eqns):
+            if i in taken:
+                continue
+            fused = together.get(i)
+            if fused and (result := fused.rule(jaxpr.eqns, read)) is not None:
+                env[eqn.outvars[0]] = result
+            else:
+                for number in fused.equations if fused else (i,):
+                    run(number)
+            done = (*fused.equations, *fused.reads) if fused else (i,)
+            for v in {v for n in done for v in jaxpr.eqns[n].invars if not isinstance(v, JaxprLiteral)}:
                 if last_use[v] == i and v not in kept:
                     env.pop(v, None)  # eager replay holds no more memory than the program itself
         return [read(v) for v in jaxpr.outvars]
@@ -329,6 +372,7 @@ def replay(
     rules: Mapping[Any, Rule],
     folds: Sequence[FoldValue] = (),
     at: Mapping[Address, AtRule] | None = None,
+    fused: Sequence[Fused] = (),
     caches: CachePlan = NO_CACHES,
 ) -> tuple[list[Any], dict[str, Any]]:
     """Runs the program on `values`, with `rules` for equations that a packed parameter reaches.
@@ -340,6 +384,7 @@ def replay(
         rules: primitive -> rule; see `passes.lower.RULES`.
         folds: results of parameter-only expressions to use instead of computing them.
         at: address of an equation -> what to do there instead.
+        fused: equations that are carried out together; `at` has none of them.
         caches: what is decided about packed state.
 
     Returns:
@@ -347,7 +392,9 @@ def replay(
         the new value of packed state), and the statistics that were tapped, by name.
     """
     refs = [Ref(v, View.identity(v.shape)) if isinstance(v, QTensor) else v for v in values]
-    replayer = _Replayer(rules, folds, at or {}, caches)
+    attentions = attention.find(program.jaxpr, at or {}) if caches else ()
+    fused = [*fused, *(Fused(found.body, found.equations, (), found.run) for found in attentions)]
+    replayer = _Replayer(rules, folds, at or {}, fused, caches)
     out = replayer.run(program.jaxpr, kv_cache.inside(refs), ())
     taps = {name: statistic for name, (statistic, _) in replayer.scope.taps.items()}
     out = [v.materialize() if isinstance(v, Ref) else v for v in out]

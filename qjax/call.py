@@ -22,6 +22,7 @@ from pallas_kernels.qtensor import FoldedParam, QTensor, fake_quant, fake_quant_
 from pallas_kernels.qtensor import quantize as pack
 from passes import control_flow, integer, lower
 from passes.batch_norm import fold_batch_norm
+from passes.fuse import carried_out, plan_fusions
 from passes.kv_cache import NO_CACHES, plan_caches, plan_given
 from passes.plan import Entry, Plan, PlanError, make_plan, with_dynamic
 from passes.replay import Absorbed, FoldValue, Ref, replay
@@ -140,7 +141,8 @@ class Compiled:
 def compile_call(
     call: Call, recipe: Recipe, *, strict: bool, ranges: Flat | None = None, deciding: bool = True
 ) -> Compiled:
-    """Traces a call and decides; with `deciding` False nothing about caches that are not packed.
+    """Traces a call and decides; with `deciding` False nothing about caches that are not packed, and
+    nothing about fusing where no weight is.
 
     `ranges` are those of the variables: the inputs that calibration found none for are dynamic.
     """
@@ -157,7 +159,9 @@ def compile_call(
             raise PlanError("qjax: fold_batch_norm=True, but this call has no batch normalisation. Leave it out.")
     sites = find_sites(program, frozenset(known))
     plan = with_dynamic(make_plan(sites, recipe.rules, strict=strict), not_served(ranges or {}))
-    plan = dataclasses.replace(plan, norms=tuple(norms))
+    packed = any(is_packed(leaf) for leaf in call.leaves)
+    fusions = plan_fusions(program, sites, plan) if deciding or packed else ()
+    plan = dataclasses.replace(plan, norms=tuple(norms), fusions=fusions)
     state = zip(call.state_paths, call.leaves, strict=True)
     given = {name: leaf for name, leaf in state if name is not None and isinstance(leaf, QCache)}
     if given:
@@ -241,7 +245,9 @@ def run_call(call: Call, recipe: Recipe, ranges: CallRanges) -> tuple[Any, CallR
     statistics: dict[str, Any] = {}
     if folds or at or any(isinstance(v, QTensor | Absorbed | QCache) for v in values):
         caches = plan.caches or NO_CACHES
-        out, statistics = replay(compiled.program, values, rules=lower.RULES, folds=folds, at=at, caches=caches)
+        fused = [carried_out(f) for f in plan.fusions if not any((*f.body, dot) in at for dot in f.dots)]
+        how: dict[str, Any] = {"rules": lower.RULES, "folds": folds, "at": at, "fused": fused, "caches": caches}
+        out, statistics = replay(compiled.program, values, **how)
     else:
         out = control_flow.evaluate(compiled.program.jaxpr, values)
 

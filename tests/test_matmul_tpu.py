@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 
 from pallas_kernels import matmul_tpu, numerics, packing, tile_tpu
+from pallas_kernels.blocks_tpu import target_chip
 from pallas_kernels.formats import FORMATS, AbsMax, Format, PerChannel, PerGroup, PerTensor, QuantSpec
 from pallas_kernels.matmul import quantized_matmul
 from pallas_kernels.matmul_tpu import Blocks
@@ -128,6 +129,34 @@ def test_a_tile_has_the_codes_that_unpack_gives(format: Format, k: int):
     )(*[words] * len(windows))
     for out in outs:
         np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(expected.astype(out.dtype), np.float32))
+
+
+BIASED = [
+    (_spec("int4", PerGroup(128)), "kn"),
+    (_spec("int4", PerGroup(64), zero_point=True), "kn"),
+    (_spec("int4", PerGroup(256)), "nk"),
+    (_spec("int4", PerChannel()), "kn"),
+    (_spec("int3", PerGroup(128), zero_point=True), "kn"),
+]
+
+
+@pytest.mark.parametrize(("spec", "order"), BIASED, ids=str)
+def test_codes_with_a_bias(spec: QuantSpec, order: str):
+    """On v5e sums are of `code + 136`: exact but for the digits that float32 loses to the bias."""
+    k, n = 1200, 130
+    x, w = (_array(7, k) ** 5).astype(BF16), _pack(spec, k=k, n=n, order=order)  # of all magnitudes, or sums are exact
+    blocks = Blocks(16, 128, 512, "after")
+    with target_chip("v5e"):
+        actual = _run(x, w, blocks=blocks, preferred_element_type=F32)
+    plain = _run(x, w, blocks=blocks, preferred_element_type=F32)
+    assert (np.asarray(actual) != np.asarray(plain)).any()  # or there is no bias
+
+    exact, x64 = _multiplied(w, "after"), np.asarray(x, np.float64)
+    _, scales = w.matrix_arrays()
+    biased = (2 * 8 + tile_tpu.BIAS) * np.repeat(np.asarray(scales.values, np.float64), w.group_size, axis=0)[:k]
+    rounding = float(jnp.finfo(F32).eps) * np.sqrt(k) * (np.abs(x64) @ biased)
+    np.testing.assert_array_less(np.abs(np.asarray(actual) - x64 @ exact), rounding)
+    assert rounding.max() < 2e-3 * (np.abs(x64) @ np.abs(exact)).max()  # a quarter of bfloat16's
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Shapes are few but awkward: the numbers are right or wrong in `test_matmul_tpu` 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -19,10 +20,14 @@ import pytest
 import tpu_compile
 
 import qjax
+from pallas_kernels import cache_dot, kv_cache
+from pallas_kernels.cache_attention import AttentionSpec, Dot, cache_attention
+from pallas_kernels.cache_dot import cache_dot_general
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
 from pallas_kernels.integer_matmul import integer_matmul
 from pallas_kernels.matmul import quantized_matmul
 from pallas_kernels.qtensor import Layout, QTensor, quantize
+from pallas_kernels.ragged_matmul import quantized_ragged_matmul
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = "tpu_custom_call"
@@ -146,6 +151,75 @@ def test_their_transpose_and_experts_in_layers_compile(chip: str):
     assert compiled(jax.grad(loss), *operands, chip=chip).count(f'custom_call_target="{KERNEL}"') == 2
 
 
+# --- Rows sorted by expert --------------------------------------------------------------------------------------
+
+# Format, granularity, dtype of its scales; dtype of x; rows, experts, K, N.
+RAGGED: list[tuple[str, Any, str, Any, int, int, int, int]] = [
+    ("int4", PerGroup(128), "bfloat16", "bfloat16", 16, 64, 2048, 1408),
+    ("int4", PerGroup(32), "float16", "float32", 1, 5, 1000, 130),
+    ("int8", PerChannel(), "float32", "bfloat16", 4096, 8, 4096, 1024),
+    ("nf4", PerGroup(64), "bfloat16", "bfloat16", 100, 8, 1024, 512),
+    ("int3", PerGroup(64), "bfloat16", "bfloat16", 3000, 64, 1000, 300),
+    ("fp8_e4m3", PerChannel(), "float32", "bfloat16", 64, 8, 4096, 512),
+]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("row", RAGGED, ids=lambda row: "-".join(map(str, row)))
+def test_ragged_products_compile(row: Any, chip: str):
+    format, granularity, scale, dtype, m, experts, k, n = row
+    zero_point = FORMATS[format].kind == "int" and k < 4096
+    w = weight(spec(format, granularity, scale, zero_point=zero_point), k, n, lead=(experts,))
+    operands = (Shape((m, k), jnp.dtype(dtype)), w, Shape((experts,), jnp.int32))
+    assert KERNEL in compiled(quantized_ragged_matmul, *operands, chip=chip)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_their_derivative_compiles(chip: str):
+    w = weight(spec("int4", PerGroup(128), "bfloat16"), 1024, 512, lead=(4, 3))
+    operands = (Shape((40, 1024), jnp.bfloat16), w, Shape((3,), jnp.int32), Shape((), jnp.int32))
+
+    def loss(x: Any, w: QTensor, sizes: Any, layer: Any) -> Any:
+        return jnp.sum(quantized_ragged_matmul(x, w, sizes, layer=layer) ** 2)
+
+    assert compiled(jax.grad(loss), *operands, chip=chip).count(f'custom_call_target="{KERNEL}"') == 2
+
+
+# --- Products and what follows them ----------------------------------------------------------------------------
+
+EPILOGUES = {
+    "bias": lambda p, x: x @ p["w"] + p["b"],
+    "gelu": lambda p, x: jax.nn.gelu(x @ p["w"] + p["b"], approximate=False),
+    "elu, softplus": lambda p, x: jax.nn.elu(jax.nn.softplus(jax.nn.leaky_relu(x @ p["w"])) - 1),
+    "gate": lambda p, x: jax.nn.silu(x @ p["w"]) * (x @ p["v"] + p["b"]),
+    "residual": lambda p, x: p["r"] + x[:, :1] * (x @ p["w"]) / 3,
+}
+
+# Epilogue; format, granularity; dtype of x; rows, K.
+FUSED: list[tuple[str, str, Any, str, int, int]] = [
+    *((name, "int4", PerGroup(128), "bfloat16", 16, 1024) for name in EPILOGUES),
+    ("gelu", "int8", PerChannel(), "float32", 512, 1000),
+    ("gate", "nf4", PerGroup(64), "float32", 600, 1024),
+    ("gate", "int4", PerGroup(128), "bfloat16", 512, 4096),
+]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("row", FUSED, ids=lambda row: "-".join(map(str, row)))
+def test_what_follows_a_product_is_in_its_kernel(row: Any, chip: str):
+    """One kernel, and no other operation computes as many values as the result has."""
+    name, format, granularity, dtype, m, k = row
+    n = k + 130
+    of = {"w": (k, n), "v": (k, n), "b": (n,), "r": (m, n)}
+    names = {"bias": "wb", "gelu": "wb", "gate": "wvb", "residual": "wr"}.get(name, "w")
+    q = qjax.quantize(EPILOGUES[name], [qjax.Rule("*", spec(format, granularity))])
+    x = Shape((m, k), jnp.dtype(dtype))
+    packed = jax.eval_shape(q.convert, {name: Shape(of[name], x.dtype) for name in names}, x)
+    text = compiled(q.apply, packed, x, chip=chip)
+    assert text.count(f'custom_call_target="{KERNEL}"') == 1
+    assert not re.search(rf"= \w+\[(1,)?{m},{n}\]\S* (fusion|add|multiply|convert)\(", text)
+
+
 # --- Scanned layers --------------------------------------------------------------------------------------------
 
 LAYERS, WIDTH, HIDDEN = 32, 4096, 11008
@@ -191,6 +265,37 @@ def test_scanned_layers_read_the_packed_stack_in_place(recipe: str, chip: str):
     assert moved(text, packed) == []
 
 
+EXPERTS, EXPERT_WIDTH = 16, 1024
+
+
+def mixture(params: Any, x: Any) -> Any:
+    """Layers of experts, each row to the best one."""
+
+    def layer(x: Any, p: Any) -> Any:
+        expert = jnp.argmax(x @ p["router"], axis=-1)
+        order = jnp.argsort(expert)
+        sizes = jnp.bincount(expert, length=EXPERTS)
+        h = jax.nn.silu(jax.lax.ragged_dot(x[order], p["up"], sizes))
+        return x + jax.lax.ragged_dot(h, p["down"], sizes)[jnp.argsort(order)], None
+
+    return jax.lax.scan(layer, x, params)[0]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_scanned_experts_read_the_packed_stack_in_place(chip: str):
+    params = {
+        "router": Shape((LAYERS, WIDTH, EXPERTS), jnp.bfloat16),
+        "up": Shape((LAYERS, EXPERTS, WIDTH, EXPERT_WIDTH), jnp.bfloat16),
+        "down": Shape((LAYERS, EXPERTS, EXPERT_WIDTH, WIDTH), jnp.bfloat16),
+    }
+    q = qjax.quantize(mixture, [qjax.Rule("router"), qjax.Rule("**", qjax.int4(group=128))])
+    packed = jax.eval_shape(q.convert, params, X)
+    text = compiled(q.apply, packed, X, chip=chip)
+    assert text.count(f'custom_call_target="{KERNEL}"') == 2
+    experts = {name: packed[name] for name in ("up", "down")}
+    assert moved(text, experts, layers=LAYERS * EXPERTS) == []
+
+
 def test_a_stack_that_is_sliced_is_found():
     """What the test above looks for is there when the words of each layer are sliced out of the stack."""
     w = weight(spec("int4", PerGroup(128)), WIDTH, WIDTH, lead=(LAYERS,))
@@ -200,6 +305,138 @@ def test_a_stack_that_is_sliced_is_found():
 
     text = compiled(sliced, Shape((16, WIDTH), jnp.int8), Shape((16, 1), jnp.float32), w, chip="v6e")
     assert moved(text, w)
+
+
+# --- Packed key-value caches ------------------------------------------------------------------------------------
+
+# Format, zero point, dtype of scales; how the cache is stored, positions, heads of the cache, dim; rows of x.
+CACHES: list[tuple[str, bool, str, str, int, int, int, int]] = [
+    ("int8", False, "float32", "bthd", 4096, 8, 128, 4),
+    ("int8", True, "bfloat16", "bthd", 4096, 16, 128, 1),
+    ("int8", False, "float32", "bthd", 1000, 8, 256, 2),
+    ("int8", True, "float16", "bthd", 1000, 2, 128, 8),
+    ("int8", False, "float32", "bthd", 4096, 16, 64, 3),
+    ("int8", False, "float32", "bhdt", 4096, 8, 128, 4),
+    ("int4", True, "bfloat16", "bthd", 4096, 8, 128, 4),
+    ("int4", False, "float32", "bhtd", 4096, 8, 64, 200),
+    ("int2", True, "float32", "bthd", 1000, 4, 128, 1),
+]
+
+
+def cache_of(format: str, zero_point: bool, scale: Any, shape: tuple[int, ...], axis: int) -> kv_cache.QCache:
+    """The shapes of a packed cache."""
+    spec = kv_cache.CacheSpec(FORMATS[format], zero_point, scale)
+    return jax.eval_shape(lambda: kv_cache.zeros(shape, jnp.bfloat16, spec, axis))
+
+
+_WRITES = re.compile(r"^\s*(?:ROOT )?%[\w.\-]+ = \(?(\w+)\[([\d,]*)\](\S*) ([\w\-]+)\(", re.MULTILINE)
+
+
+def written(text: str, least: int) -> list[str]:
+    """Instructions that write arrays of so many elements to HBM; `S(1)` in a layout is VMEM, for what is prefetched."""
+    found = []
+    for dtype, shape, layout, name in _WRITES.findall(text[text.index("\nENTRY") :]):
+        size = math.prod(int(d) for d in shape.split(",") if d)
+        if size >= least and name not in _MOVES_NOTHING and "S(1)" not in layout and not name.endswith("start"):
+            found.append(f"{name} {dtype}[{shape}]")
+    return found
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("row", CACHES, ids=lambda row: "-".join(map(str, row)))
+def test_caches_are_read_as_they_are_stored(row: Any, chip: str):
+    """The order in which the kernel wants the axes is the one that XLA gives such an array: nothing is copied."""
+    format, zero_point, scale, stored, t, h, d, m = row
+    sizes = {"b": 2, "t": t, "h": h, "d": d}
+    cache = cache_of(format, zero_point, scale, tuple(sizes[a] for a in stored), stored.index("d"))
+    heads = ((0, 1), (stored.index("b"), stored.index("h")))
+
+    def both(q: Any, p: Any, keys: Any, values: Any) -> Any:
+        scores = (((3,), (stored.index("d"),)), heads)
+        products = (((3,), (stored.index("t"),)), heads)
+        return (
+            cache_dot_general(q, keys, scores, operand=1, out_dtype=jnp.float32),
+            cache_dot_general(p, values, products, operand=1, out_dtype=q.dtype),
+        )
+
+    x = (Shape((2, h, m, d), jnp.bfloat16), Shape((2, h, m, t), jnp.bfloat16))
+    text = compiled(both, *x, cache, cache, chip=chip)
+    assert text.count(f'custom_call_target="{KERNEL}"') == 2
+    results = 2 * h * m * max(d, t)
+    assert written(text, max(cache.codes.size, results + 1)) == []
+
+
+# Formats of keys and values, zero points; positions, heads, dim; rows of queries; the sizes of the mask but the last.
+ATTENTION: list[tuple[str, str, bool, int, int, int, int, Any]] = [
+    ("int8", "int8", False, 4096, 16, 128, 1, (2, 1, 1)),
+    ("int8", "int4", True, 1000, 8, 128, 256, (1, 1, 256)),
+    ("int4", "int4", False, 1000, 16, 64, 3, (2, 16, 1)),
+    ("int8", "int2", True, 1000, 8, 256, 2, None),
+]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("row", ATTENTION, ids=lambda row: "-".join(map(str, row)))
+def test_attention_compiles(row: Any, chip: str):
+    *formats, zero_point, t, h, d, m, mask = row
+    keys, values = (cache_of(format, zero_point, "bfloat16", (2, t, h, d), -1) for format in formats)
+    heads, dtype = ((0, 1), (0, 2)), jnp.dtype(jnp.bfloat16)
+    scores, result = (Dot((((3,), (axis,)), heads), 1, None, dtype) for axis in (3, 1))
+    spec = AttentionSpec(scores, (0, 1, 2, 3), (("mask", -1e9),) if mask else (), dtype, result)
+    seen = Shape((*mask, t), jnp.bool_) if mask else None
+    q = Shape((2, h, m, d), dtype)
+    text = compiled(lambda q, k, v, m: cache_attention(q, k, v, m, spec), q, keys, values, seen, chip=chip)
+    assert text.count(f'custom_call_target="{KERNEL}"') == 1
+
+
+def attend(q: Any, keys: Any, values: Any, i: Any) -> Any:
+    """Grouped queries (B, K, G, D) on caches (B, T, K, D) up to position i."""
+    scores = jnp.einsum("bkgd,btkd->bkgt", q, keys) / q.shape[-1] ** 0.5
+    p = jax.nn.softmax(jnp.where(jnp.arange(keys.shape[1]) <= i, scores, -1e9).astype(jnp.float32))
+    return jnp.einsum("bkgt,btkd->bkgd", p.astype(q.dtype), values)
+
+
+def decode(params: Any, cache: Any, x: Any, i: Any) -> Any:
+    """A step of attention: x (B, 1, K, D)."""
+    cache = {
+        name: jax.lax.dynamic_update_slice_in_dim(cache[name], x @ params[name], i, axis=1)
+        for name in ("keys", "values")
+    }
+    q = (x @ params["queries"]).reshape(*x.shape[:1], x.shape[2], 4, x.shape[3])
+    return attend(q, cache["keys"], cache["values"], i), cache
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_decode_step_reads_nothing_but_packed_caches(format: str, chip: str):
+    """It writes them in place, and nothing of their size, neither floats nor codes, anywhere else."""
+    b, t, heads, d = 4, 8192, 8, 128
+    params = {name: Shape((d, n), jnp.bfloat16) for name, n in (("keys", d), ("values", d), ("queries", 4 * d))}
+    floats = {name: Shape((b, t, heads, d), jnp.bfloat16) for name in ("keys", "values")}
+    x, i = Shape((b, 1, heads, d), jnp.bfloat16), Shape((), jnp.int32)
+    q = qjax.quantize(decode, [qjax.Rule("**")], kv_cache={"0/**": format})
+    packed = {name: q.plan(params, floats, x, i).caches[f"0/{name}"].pack(floats[name]) for name in floats}
+    packed = jax.eval_shape(lambda: packed)
+    compiled = tpu_compile.compile(jax.jit(q.apply, donate_argnums=1), params, packed, x, i, chip=chip)
+    text, memory, stored = (
+        compiled.as_text(),
+        compiled.memory_analysis(),
+        sum(cache.nbytes for cache in packed.values()),
+    )
+    assert text.count(f'custom_call_target="{KERNEL}"') == 1
+    assert memory.alias_size_in_bytes >= stored
+    assert memory.temp_size_in_bytes < stored / 20
+    assert [w for w in written(text, packed["keys"].codes.size) if f" s{32 if format == 'int4' else 8}[" not in w] == []
+
+
+def test_a_cache_that_is_written_as_floats_is_found():
+    """What the tests above look for is there in plain operations on an int8 cache."""
+    cache = cache_of("int8", False, "float32", (8, 8192, 8, 128), -1)
+    options: dict[str, Any] = {"operand": 1, "precision": None, "out_dtype": jnp.dtype(jnp.bfloat16)}
+    numbers = (((3,), (3,)), ((0, 1), (0, 2)))
+    scores = functools.partial(cache_dot.reference, numbers=numbers, **options)
+    text = compiled(scores, Shape((8, 8, 4, 128), jnp.bfloat16), cache, chip="v5e")
+    assert any(" bf16[8,8192,8,128]" in w for w in written(text, cache.codes.size))
 
 
 # --- The schedules that benchmarks read ------------------------------------------------------------------------
