@@ -20,7 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import matmul_cpu, matmul_reference, matmul_tpu, partition
+from pallas_kernels import matmul_cpu, matmul_gpu, matmul_reference, matmul_tpu, partition
 from pallas_kernels.qtensor import QTensor
 
 quantized_matmul_p = Primitive("quantized_matmul")
@@ -161,7 +161,12 @@ ad.primitive_jvps[quantized_matmul_p] = _jvp
 ad.primitive_transposes[quantized_matmul_p] = _transpose
 batching.primitive_batchers[quantized_matmul_p] = _batch
 # A kernel is a row: what one device runs on that platform.
-_KERNELS = {None: matmul_reference.matmul, "cpu": matmul_cpu.matmul, "tpu": matmul_tpu.matmul}
+_KERNELS = {
+    None: matmul_reference.matmul,
+    "cpu": matmul_cpu.matmul,
+    "cuda": matmul_gpu.matmul,
+    "tpu": matmul_tpu.matmul,
+}
 for _platform, _kernel in _KERNELS.items():
     _rule = partition.lowering(_with(partition.matmul(_kernel)), plain=_with(matmul_reference.matmul))
     mlir.register_lowering(quantized_matmul_p, _rule, platform=_platform)

@@ -215,6 +215,19 @@ def quantize(w: Float[Array, ...], spec: QuantSpec, layout: Layout, order: Liter
     return _packed(codes, scales, spec, layout, w.dtype, order)
 
 
+def reorder(q: QTensor, order: Literal["kn", "nk"]) -> QTensor:
+    """The same parameter with its packed arrays stored in another order; the codes and scales keep their bits.
+
+    Args:
+        q: a packed parameter.
+        order: storage order of the result: "nk" for lookup tables and for kernels that read rows of K.
+    """
+    if q.order == order:
+        return q
+    words, scales = jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2) if a.ndim >= 2 else a, (q.words, q.scales))
+    return dataclasses.replace(q, words=words, scales=scales, order=order)
+
+
 def _packed(
     codes: Array, scales: numerics.Scales, spec: QuantSpec, layout: Layout, dtype: Any, order: Literal["kn", "nk"]
 ) -> QTensor:

@@ -9,7 +9,7 @@ from pallas_kernels.activations import MinMax as MinMax
 from pallas_kernels.activations import MovingAverage as MovingAverage
 from pallas_kernels.activations import MseRange as MseRange
 from pallas_kernels.activations import Percentile as Percentile
-from pallas_kernels.blocks_tpu import target_chip as target_chip
+from pallas_kernels.chips import target_chip as target_chip
 from pallas_kernels.formats import (
     FORMATS as FORMATS,
 )
@@ -95,6 +95,7 @@ from qjax.storage import CheckpointError as CheckpointError
 
 # A machine that serves an exported model needs no Flax.
 if TYPE_CHECKING or importlib.util.find_spec("flax"):
+    from qjax.arrange import arrange as arrange
     from qjax.checkpoint import restore as restore
     from qjax.checkpoint import save as save
     from qjax.export import export as export

@@ -1,0 +1,367 @@
+"""Compiles programs for an NVIDIA GPU on a machine that has none, and counts what the compiler made of its kernels.
+
+JAX's CUDA plugin holds XLA for GPUs and `ptxas`. It needs the description of a chip, not the chip, and neither driver
+nor CUDA toolkit:
+
+    compiled = compile(f, jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16), ..., chip="h100")
+    compiled.as_text()  # optimized HLO
+    compiled, kernels = compile_counted(f, ..., chip="h100")  # registers, spills, instructions of Mosaic GPU kernels
+
+Instructions are counted where `nvdisasm` is installed (pip install nvidia-cuda-nvdisasm). Nothing runs, so nothing here
+says how long a program takes. XLA chooses its own kernels by timing them, so what it makes of ordinary operations here
+is not what it makes of them on a GPU. Tests import this file. As a program it prints a table of all variants of the
+kernels:
+
+    python scripts/gpu_compile.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from pallas_kernels import blocks_gpu, matmul_mosaic_gpu, matmul_triton
+from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+from pallas_kernels.qtensor import Layout, QTensor, quantize
+
+# GpuTargetConfigProto, from the public numbers of each chip.
+_TARGET = """
+gpu_device_info {{
+  name: "{name}"
+  cuda_compute_capability {{ major: {major} minor: {minor} {features} }}
+  platform_version: "Compute Capability {major}.{minor}"
+  core_count: {processors}
+  clock_rate_ghz: {clock}
+  memory_bandwidth: {bandwidth}
+  device_memory_size: {memory}
+  l2_cache_size: {cache}
+  shared_memory_per_core: {shared}
+  shared_memory_per_block_optin: {shared_optin}
+  shared_memory_per_block: 49152
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  threads_per_warp: 32
+  fpus_per_core: {fpus}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  device_address_bits: 64
+  device_vendor: "NVIDIA Corporation"
+  driver_version: "13.0.0"
+  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+CHIPS = {
+    "h100": _TARGET.format(
+        name="NVIDIA H100 80GB HBM3",
+        major=9,
+        minor=0,
+        features="feature_extension: ACCELERATED_FEATURES",
+        processors=132,
+        clock=1.98,
+        bandwidth=3352320000000,
+        memory=84942979072,
+        cache=52428800,
+        shared=233472,
+        shared_optin=232448,
+        fpus=128,
+    ),
+    "a100": _TARGET.format(
+        name="NVIDIA A100-SXM4-80GB",
+        major=8,
+        minor=0,
+        features="",
+        processors=108,
+        clock=1.41,
+        bandwidth=2039000000000,
+        memory=84986691584,
+        cache=41943040,
+        shared=167936,
+        shared_optin=166912,
+        fpus=64,
+    ),
+}
+"""By name, what the compiler is told of a chip."""
+
+_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What a Mosaic GPU kernel was compiled to.
+
+    Attributes:
+        name: of the function in the machine code.
+        registers: of a thread, when it starts; warpgroups may change theirs.
+        spilled: bytes of registers that are stored to memory.
+        serialized: whether the compiler waits after each `wgmma`, for want of registers or because it was misled.
+        loop: instructions of the innermost loop that multiplies; None without `nvdisasm`.
+        products: `wgmma` among them.
+    """
+
+    name: str
+    registers: int
+    spilled: int
+    serialized: bool
+    loop: int | None
+    products: int | None
+
+
+def available() -> bool:
+    """Whether the compiler is installed."""
+    assembler = _tools("ptxas") is not None or jax.__version_info__ < (0, 11)  # the plugin had one of its own
+    return assembler and any(importlib.util.find_spec(name) for name in _PLUGINS)
+
+
+def compile(function: Callable[..., Any], *args: Any, chip: str, **kwargs: Any) -> jax.stages.Compiled:
+    """Compiles `function`, jitted or not, for one GPU.
+
+    Args:
+        function: what to compile.
+        args, kwargs: its arguments, arrays or anything with a shape and a dtype (`jax.ShapeDtypeStruct`).
+        chip: a key of `CHIPS`.
+
+    Raises:
+        ValueError: there is no such chip.
+        ModuleNotFoundError: the CUDA plugin is not installed.
+        Exception: whatever Pallas or the compiler says about the program.
+    """
+    sharding = SingleDeviceSharding(_topology(chip).devices[0])
+    args, kwargs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (args, kwargs))
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    with _abstract(chip):
+        return jitted.trace(*args, **kwargs).lower(lowering_platforms=("cuda",)).compile()
+
+
+def _abstract(chip: str) -> contextlib.AbstractContextManager[Any]:
+    """Says which GPU it is to Triton's lowering, which asks for a device from jax 0.11 on."""
+    device: Any = getattr(jax.sharding, "AbstractDevice", None)
+    if device is None or jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    known = blocks_gpu.CHIPS[chip]
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device(known.kind, known.processors, "gpu"))
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+@functools.cache
+def _topology(chip: str) -> topologies.TopologyDescription:
+    if chip not in CHIPS:
+        raise ValueError(f"chip={chip!r}: one of {', '.join(CHIPS)}.")
+    if not available():
+        raise ModuleNotFoundError(
+            "JAX's CUDA plugin is not installed: pip install jax-cuda13-plugin jax-cuda13-pjrt, both of the version of "
+            "jax, and from jax 0.11 on nvidia-cuda-nvcc (Linux on x86-64; no GPU is needed).",
+            name=_PLUGINS[0],
+        )
+    if root := _tools("ptxas"):
+        os.environ["PATH"] = os.pathsep.join((str(root / "bin"), os.environ["PATH"]))
+    return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=CHIPS[chip])
+
+
+def compile_counted(
+    function: Callable[..., Any], *args: Any, chip: str, **kwargs: Any
+) -> tuple[jax.stages.Compiled, list[Kernel]]:
+    """As `compile`, with what `ptxas` says of each Mosaic GPU kernel of the program; it says nothing of Triton's."""
+    wanted = {"MOSAIC_GPU_DUMP_PTXAS": "1"}
+    if root := _tools("nvdisasm"):
+        wanted |= {"MOSAIC_GPU_DUMP_SASS": "1", "MOSAIC_GPU_CUDA_ROOT": str(root), "CUDA_ROOT": str(root)}
+    _topology(chip)
+    with tempfile.TemporaryFile("w+") as file:
+        with _environment(wanted), _output(file.fileno()):
+            compiled = compile(function, *args, chip=chip, **kwargs)
+        file.seek(0)
+        text = file.read()
+    reports = re.split(r"(?=^ptxas info +: 0 bytes gmem)", text, flags=re.MULTILINE)
+    serialized = ["serialized" in before for before in reports[:-1]]  # it is said before
+    return compiled, [_read(report, waits) for report, waits in zip(reports[1:], serialized, strict=True)]
+
+
+def _read(report: str, serialized: bool) -> Kernel:
+    def number(pattern: str) -> int:
+        found = re.search(pattern, report)
+        assert found is not None, report[:500]
+        return int(found[1])
+
+    name = re.search(r"entry function '(\w+)'", report)
+    assert name is not None, report[:500]
+    loop = _loop(report)
+    return Kernel(
+        name=name[1],
+        registers=number(r"Used (\d+) registers"),
+        spilled=number(r"(\d+) bytes spill stores"),
+        serialized=serialized,
+        loop=len(loop) if loop else None,
+        products=sum("GMMA" in instruction for instruction in loop) if loop else None,
+    )
+
+
+def _loop(report: str) -> list[str] | None:
+    """The shortest stretch of machine code between a label and a jump back to it in which there is a `wgmma`."""
+    code, labels, found = [], {}, None
+    for line in report.splitlines():
+        if label := re.match(r"\s*\.(L_\w+):", line):
+            labels[label[1]] = len(code)
+        if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.+?)\s*$", line):
+            code.append(instruction[1])
+    for end, instruction in enumerate(code):
+        jump = re.search(r"BRA.*\.(L_\w+)", instruction)
+        if jump and labels.get(jump[1], end + 1) <= end:
+            body = code[labels[jump[1]] : end + 1]
+            if any("GMMA" in one for one in body) and (found is None or len(body) < len(found)):
+                found = body
+    return found
+
+
+def _tools(program: str) -> Path | None:
+    """Where `bin` with this program is."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for file in Path(folder).glob(f"*/bin/{program}"):
+            return file.parent.parent
+    found = shutil.which(program)
+    return Path(found).parent.parent if found else None
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _output(descriptor: int) -> Iterator[None]:
+    """Sends what this process prints to a file: the compiler prints, and knows nothing of `sys.stdout`."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(descriptor, 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+# --- The kernels ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A product that is compiled: its weight, and sizes.
+
+    Attributes:
+        format: of the weight, a key of `FORMATS`.
+        group: values that share a scale; None for a scale for each channel.
+        zero_point: whether the weight has zero points.
+        dtype: of x and of the float weight.
+        m, k, n: sizes.
+    """
+
+    format: str
+    group: int | None
+    zero_point: bool
+    dtype: str
+    m: int
+    k: int
+    n: int
+
+    def __str__(self) -> str:
+        """Short, unique and the same in every process."""
+        weight = f"{self.format}{'z' if self.zero_point else ''}-{f'g{self.group}' if self.group else 'channel'}"
+        return f"{weight}-{self.dtype}-{self.m}x{self.k}x{self.n}"
+
+    def weight(self, order: Any, lead: tuple[int, ...] = ()) -> QTensor:
+        """The packed weight, shapes only, with these axes in front."""
+        scale = "bfloat16" if self.group else "float32"
+        granularity = PerGroup(self.group) if self.group else PerChannel()
+        spec = QuantSpec(
+            FORMATS[self.format], granularity, scale_dtype=scale, scale_rule=AbsMax(), zero_point=self.zero_point
+        )
+        layout = Layout((((self.k, "k"),), ((self.n, "n"),)))
+        shape = jax.ShapeDtypeStruct((*lead, self.k, self.n), jnp.dtype(self.dtype))
+        return jax.eval_shape(lambda w: quantize(w, spec, layout, order), shape)
+
+    def x(self) -> jax.ShapeDtypeStruct:
+        """The other operand, shape only."""
+        return jax.ShapeDtypeStruct((self.m, self.k), jnp.dtype(self.dtype))
+
+
+VARIANTS = (
+    *(Variant("int4", 128, False, "bfloat16", m, 4096, 4096) for m in (1, 16, 64, 256, 2048)),
+    *(Variant("int4", group, False, "bfloat16", m, 8192, 8192) for group in (32, 64, None) for m in (16, 2048)),
+    *(Variant("int8", group, False, "bfloat16", m, 4096, 14336) for group in (None, 128) for m in (1, 64, 2048)),
+    *(Variant(format, 128, True, "bfloat16", 16, 4096, 4096) for format in ("int4", "int8")),
+    Variant("int4", 128, False, "float32", 16, 4096, 4096),
+    Variant("int4", 128, False, "float16", 16, 4096, 4096),
+    Variant("int8", None, False, "float16", 256, 4096, 4096),
+    Variant("int4", 96, True, "bfloat16", 5, 4032, 960),
+    Variant("int8", None, False, "float32", 50, 960, 64),
+)
+OPTIONS: dict[str, Any] = {"casts": (), "precision": None, "preferred_element_type": None, "transpose": False}
+
+
+def product(kernel: Any, layer: int | None = None, **options: Any) -> Callable[..., Any]:
+    """`matmul` of the module of a kernel, as a function of x and the weight."""
+    return lambda x, w: kernel.matmul(x, w, layer=layer, **OPTIONS, **options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.parse_args()
+    print(f"jax {jax.__version__}, jax-cuda13-plugin {importlib.metadata.version('jax-cuda13-plugin')}")
+    print("Mosaic GPU, sm_90a:", *("variant", "tiles", "registers", "spilled", "serialized", "instructions"), sep="  ")
+    for variant in VARIANTS:
+        _, (kernel,) = compile_counted(product(matmul_mosaic_gpu), variant.x(), variant.weight("nk"), chip="h100")
+        rows = variant.m * (2 if variant.dtype == "float32" else 1)
+        bits = FORMATS[variant.format].bits
+        blocks = matmul_mosaic_gpu.default_blocks(rows, variant.k, variant.n, bits, out_dtype=jnp.dtype(variant.dtype))
+        weights = 64 * blocks.k // blocks.ways
+        each = f"{kernel.loop * 8192 / weights:.0f} for 64 x 128 weights" if kernel.loop else "not counted"
+        tiles = f"{blocks.m}x{blocks.n}x{blocks.k}/{blocks.ways} x{blocks.stages} splits={blocks.splits}"
+        print(
+            f"{variant!s:40} {tiles:30} {kernel.registers:4} {kernel.spilled:4} {kernel.serialized!s:6} {each}",
+            flush=True,
+        )
+    print("Triton, sm_80:")
+    for variant in VARIANTS:
+        compile(product(matmul_triton), variant.x(), variant.weight("kn"), chip="a100")
+        print(f"{variant!s:40} compiles", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What `scripts/gpu_check` does when a kernel hangs or crashes, and what it writes; nothing runs on a GPU."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import gpu_check
+import pytest
+
+from pallas_kernels import matmul_mosaic_gpu
+from pallas_kernels.blocks_gpu import KEY
+
+# In place of the script, a worker whose tasks say what happens.
+_WORKER = """
+import json, os, sys, time
+print("something that a library prints", flush=True)
+for task in json.load(open(sys.argv[2])):
+    print(json.dumps({"started": task["id"]}), flush=True)
+    if task["do"] == "hang":
+        time.sleep(60)
+    if task["do"] == "crash":
+        print("illegal instruction", file=sys.stderr, flush=True)
+        os._exit(3)
+    print(json.dumps({"id": task["id"], "result": {"pid": os.getpid()}}), flush=True)
+"""
+
+
+def test_a_task_that_hangs_or_crashes_costs_that_task_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script = tmp_path / "worker.py"
+    script.write_text(_WORKER)
+    kinds = ["fine", "hang", "fine", "crash", "fine"]
+    tasks = [{"id": i, "do": do, "limit": 2.0, "options": {}} for i, do in enumerate(kinds)]
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    monkeypatch.setattr(gpu_check, "tasks_of", lambda: tasks)
+    record = gpu_check.run_all(tmp_path / "out", 60.0, dry=False)
+    found = [(entry["do"], entry["result"]) for entry in record["results"]]
+    assert [do for do, _ in found] == kinds
+    assert "hung" in found[1][1]["error"]
+    assert "illegal instruction" in found[3][1]["error"]
+    assert len({found[i][1]["pid"] for i in (0, 2, 4)}) == 3  # each goes on in a process of its own
+    assert record["left_out"] == 0
+    assert json.loads((tmp_path / "out" / "gpu.json").read_text()) == record
+
+
+def test_the_time_limit_ends_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script = tmp_path / "worker.py"
+    script.write_text(_WORKER)
+    tasks = [{"id": i, "do": do, "limit": 60.0, "options": {}} for i, do in enumerate(["fine", "hang", "fine"])]
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    monkeypatch.setattr(gpu_check, "tasks_of", lambda: tasks)
+    start = time.monotonic()
+    record = gpu_check.run_all(tmp_path, 2.0, dry=False)
+    assert time.monotonic() - start < 20
+    assert len(record["results"]) == 1
+    assert record["left_out"] == 2
+
+
+def record() -> dict[str, Any]:
+    blocks = {"m": 16, "n": 64, "k": 512, "ways": 4, "stages": 6, "splits": 1}
+    timed = {"k": 8192, "n": 8192, "m": 16, "seconds": {"bfloat16": 50e-6, "int4 g128": 20e-6}, "errors": {"int8": "x"}}
+    row = {"weight": "int4/g128", "x": "bfloat16", "k": 8192, "n": 8192, "m": 12, "blocks": blocks}
+    swept = {"row": row, "best": 18e-6, "default": None, "seconds": {json.dumps(blocks): 18e-6}, "errors": {}}
+    about = {
+        "device": "NVIDIA H100 80GB HBM3",
+        "capability": "9.0",
+        "jax": "0.11.2",
+        "jaxlib": "0.11.2",
+        "platform": "a\nb",
+    }
+    entries = [("info", about), ("copy", {"bytes_per_second": 3e12}), ("time", timed), ("sweep", swept)]
+    results = [{"do": do, "options": {}, "result": result} for do, result in entries]
+    return {"date": "2026-01-01", "dry": False, "results": results, "left_out": 3}
+
+
+def test_the_page_says_how_fast_and_what_failed():
+    page = gpu_check.page(record())
+    # 8192 * 8192 / 2 bytes of words, a scale of 2 bytes for 128 of them, x and the result in 20 us, of 3 TB/s
+    assert "| 16 | 8192 x 8192 | 50.0 | 43 | 20.0 | 59% | 2.50x | failed |  |  |" in page
+    assert "| 12 | 8192 x 8192 | int4/g128 | 18.0 | 16 x 64 x 512, 4 ways, 6 stages, 1 splits | failed | 1 |" in page
+    assert "no time for: 3" in page
+
+
+def test_the_table_of_tiles_is_what_the_kernel_reads():
+    (row,) = json.loads(gpu_check.table(record()))["rows"]
+    assert set(KEY) <= set(row)
+    assert (row["chip"], row["m"]) == ("h100", 16)
+    assert matmul_mosaic_gpu.Blocks(**row["blocks"]).warpgroups == 4
+
+
+def test_every_shape_of_the_tasks_has_a_limit_and_a_known_kind():
+    tasks = gpu_check.tasks_of()
+    timed = {(t["options"]["k"], t["options"]["n"], t["options"]["m"]) for t in tasks if t["do"] == "time"}
+    assert timed == {(k, n, m) for k, n in gpu_check.WIDTHS.values() for m in gpu_check.ROWS}
+    assert len({task["id"] for task in tasks}) == len(tasks)
