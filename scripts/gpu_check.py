@@ -612,15 +612,59 @@ def page(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+MARKS = "<!-- scripts/gpu_check --readme writes from here -->", "<!-- to here -->"
+
+
+def summarized(record: dict[str, Any], text: str) -> str:
+    """The README with a short table between `MARKS`: every shape, and every number of rows that was timed.
+
+    Raises:
+        ValueError: there are no times of a GPU, or not both marks.
+    """
+    infos, timed = results(record, "info"), results(record, "time")
+    if record["dry"] or not infos or not timed:
+        raise ValueError("gpu_check: the results have no times of a GPU (a dry run has none).")
+    if any(text.count(mark) != 1 for mark in MARKS):
+        raise ValueError(f"gpu_check: the README must have {MARKS[0]!r} and {MARKS[1]!r}, once each.")
+    about, rows = infos[0]["result"], sorted({entry["result"]["m"] for entry in timed})
+    wrong = [entry for entry in results(record, "check") if not entry["result"]["right"]]
+    lines = [
+        f"On {about['device']} (jax {about['jax']}, {record['date']}), times as fast as `jnp.dot` of bfloat16 with so "
+        f"many rows of x; more in [benchmarks/gpu.md](benchmarks/gpu.md). Checks that were wrong: {len(wrong)}.",
+        "",
+        "| K x N | weights |" + "".join(f" {m} |" for m in rows),
+        "|---|---|" + "--:|" * len(rows),
+    ]
+    shapes: dict[tuple[int, int], dict[int, dict[str, float]]] = {}
+    for r in (entry["result"] for entry in timed):
+        shapes.setdefault((r["k"], r["n"]), {})[r["m"]] = r["seconds"]
+    for (k, n), times in sorted(shapes.items()):
+        for name in WEIGHTS:
+            pairs = [(times.get(m, {}).get("bfloat16"), times.get(m, {}).get(name)) for m in rows]
+            cells = [f"{base / own:.2f}" if base and own else "" for base, own in pairs]
+            lines.append(f"| {k} x {n} | {name} | " + " | ".join(cells) + " |")
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    return before + "\n".join([MARKS[0], *lines, MARKS[1]]) + after
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="where results go")
     parser.add_argument("--minutes", type=float, default=8.5, help="when to stop")
     parser.add_argument("--dry", action="store_true", help="on the CPU, interpreted, with small shapes")
+    parser.add_argument("--readme", action="store_true", help="only put a table of benchmarks/gpu.json into the README")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(json.loads(options.worker.read_text()), options.dry)
+        return
+    if options.readme:
+        readme = ROOT / "README.md"
+        text = summarized(json.loads((options.out / "gpu.json").read_text()), readme.read_text())
+        temporary = readme.with_name(".README.md.new")
+        temporary.write_text(text)
+        os.replace(temporary, readme)
         return
     record = run_all(options.out, 60 * options.minutes, options.dry)
     print((options.out / "gpu.md").read_text())

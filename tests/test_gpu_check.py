@@ -83,6 +83,26 @@ def test_the_page_says_how_fast_and_what_failed():
     assert "no time for: 3" in page
 
 
+def test_the_readme_gets_a_table():
+    before, after = gpu_check.MARKS
+    text = gpu_check.summarized(record(), f"a\n{before}\nold\n{after}\nz\n")
+    assert text.startswith(f"a\n{before}\nOn NVIDIA H100 80GB HBM3 (jax 0.11.2, 2026-01-01)")
+    assert text.endswith(f"{after}\nz\n") and "old" not in text
+    assert "| K x N | weights | 16 |" in text
+    assert "| 8192 x 8192 | int4 g128 | 2.50 |" in text
+    assert "| 8192 x 8192 | int8 channel |  |" in text
+    assert gpu_check.summarized(record(), text) == text
+    with pytest.raises(ValueError, match="once each"):
+        gpu_check.summarized(record(), "no marks")
+    with pytest.raises(ValueError, match="no times of a GPU"):
+        gpu_check.summarized({**record(), "dry": True}, text)
+
+
+def test_the_readme_has_the_marks_once():
+    text = (Path(gpu_check.ROOT) / "README.md").read_text()
+    assert [text.count(mark) for mark in gpu_check.MARKS] == [1, 1]
+
+
 def test_the_table_of_tiles_is_what_the_kernel_reads():
     (row,) = json.loads(gpu_check.table(record()))["rows"]
     assert set(KEY) <= set(row)
