@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels.exact import FLOAT32_TINY, divide, finite, pairwise_sum, reciprocal, round_to
@@ -137,11 +139,31 @@ def decode_codes(codes: Int8[Array, "*S"], format: Format) -> Float[Array, "*S"]
 # --- Groups ----------------------------------------------------------------------------------------------------
 
 
+def _shards(x: Array, axis: int) -> int:
+    """Into how many parts a mesh with Explicit axes splits an axis."""
+    sharding = jax.typeof(x).sharding
+    names = [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))][axis]
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return math.prod(sharding.mesh.shape[name] for name in jax.tree.leaves(names)) if explicit else 1
+
+
+def _together(x: Array, axis: int) -> Array:
+    """The same values, with all of an axis on each device where a mesh with Explicit axes splits it."""
+    if _shards(x, axis) == 1:
+        return x
+    sharding = jax.typeof(x).sharding
+    names = [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
+    names[axis] = None
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*names)))
+
+
 def _to_groups(w: Array, spec: QuantSpec) -> Array:
     """(*stack, K, N) -> (*stack, G, g, N). A short last group is filled with zeros, which no scale rule notices."""
     *stack, k, n = w.shape
     size = spec.group_size(k)
     groups = max(1, -(-k // size))
+    if groups > 1 and k % (size * _shards(w, -2)):
+        w = _together(w, -2)
     w = jnp.pad(w, [(0, 0)] * len(stack) + [(0, groups * size - k), (0, 0)])
     return w.reshape(*stack, groups, size, n)
 
@@ -202,7 +224,7 @@ def _accumulate(group: _Group, terms: Callable[[Array], tuple[Array, ...]]) -> t
         group: the values.
         terms: from a slice `(*stack, G, S, N)` of the values, what is summed; 0 where the value is 0.
     """
-    x = group.strands
+    x = _together(group.strands, -3)
 
     def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         new = terms(lax.dynamic_index_in_dim(x, i, axis=x.ndim - 3, keepdims=False))

@@ -167,6 +167,24 @@ def check_explicit() -> None:
     np.testing.assert_array_equal(served(packed, split), expected)
 
 
+def check_searches() -> None:
+    """Scales that are searched over all of K, or over groups that devices share, have the bits of one device."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    params, x = {"w": jax.random.normal(jax.random.key(0), (512, 32))}, jnp.ones((8, 512))
+
+    def model(p, x):
+        return jnp.einsum("bk,kn->bn", x, p["w"], out_sharding=P(None, None))
+
+    sharded = {"w": jax.device_put(params["w"], NamedSharding(mesh, P("model", None)))}
+    for spec, words in [(qjax.int8(), P("model")), (qjax.nf4(), P("model")), (qjax.int4(group=256), P())]:
+        alone = qjax.quantize(lambda p, x: x @ p["w"], spec).convert(params, x)
+        with jax.set_mesh(mesh):
+            split = qjax.quantize(model, spec).convert(sharded, x)
+        assert split["w"].words.sharding.is_equivalent_to(NamedSharding(mesh, words), 2), split["w"].words.sharding
+        for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(split), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def check_shard_map() -> None:
     """Each shard has its part of the packed weight."""
     mesh = jax.make_mesh((8,), ("m",), axis_types=(AxisType.Auto,))
@@ -200,4 +218,5 @@ if __name__ == "__main__":
     check_serving(sys.argv[1])
     check_integers()
     check_explicit()
+    check_searches()
     check_shard_map()
