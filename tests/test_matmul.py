@@ -23,6 +23,7 @@ from pallas_kernels.take import quantized_take
 
 K, N = 200, 33  # no group of 32 or 24 divides K, N is odd
 ROWS = (1, 3, 8, 33)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def _spec(name: str, granularity: Any, **options: Any) -> QuantSpec:

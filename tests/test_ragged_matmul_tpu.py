@@ -106,7 +106,7 @@ def _visits(sizes: jax.Array, m: int, rows: int) -> Any:
     return ragged_matmul_tpu.plan_visits(sizes, m, rows)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.one_of(st.just(0), st.integers(0, 40)), min_size=6, max_size=6),
     shape=st.sampled_from([(64, 16), (70, 32), (5, 16)]),
@@ -176,7 +176,7 @@ def _any_sizes(dtype: Any) -> Any:
     return run, x, _multiplied(w, "before")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.one_of(st.just(0), st.integers(0, 30)), min_size=E, max_size=E),
     dtype=st.sampled_from([BF16, F32]),

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import lax
 
 import qjax
+from pallas_kernels.fused_matmul import fused_matmul_p
 from pallas_kernels.matmul import quantized_matmul_p
 from pallas_kernels.qtensor import FoldedParam, QTensor, is_packed
 from passes.plan import Rule, check_patterns
@@ -31,7 +32,7 @@ def equations(jaxpr) -> list[str]:
         out.append(eqn.primitive.name)
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple) else (value,):
-                if hasattr(inner, "eqns"):
+                if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
                     out += equations(inner)
     return out
 
@@ -86,9 +87,10 @@ def test_scanned_weights_are_not_sliced():
     jaxpr = jax.make_jaxpr(lambda p: q.apply(p, X))(packed).jaxpr
     scan = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
     body = scan.params["jaxpr"]
-    matmul = next(e for e in getattr(body, "jaxpr", body).eqns if e.primitive is quantized_matmul_p)
+    fused = next(e for e in getattr(body, "jaxpr", body).eqns if e.primitive is fused_matmul_p)
+    matmul = next(e for e in fused.params["program"].jaxpr.eqns if e.primitive is quantized_matmul_p)
     assert matmul.params["indexed"]
-    assert matmul.invars[1].aval.shape[0] == 4
+    assert fused.invars[1].aval.shape[0] == matmul.invars[1].aval.shape[0] == 4
 
 
 def test_users_gradient_rule_is_kept():

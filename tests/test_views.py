@@ -26,7 +26,7 @@ def movements(draw):
     return shape, draw(st.lists(st.tuples(st.sampled_from("trix"), st.randoms(use_true_random=False)), max_size=6))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(movements())
 def test_view_moves_values_as_numpy_does(case):
     shape, steps = case
