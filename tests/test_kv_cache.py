@@ -25,7 +25,6 @@ from passes.replay import replay
 from passes.trace import trace
 
 INT8, INT4 = CacheSpec(FORMATS["int8"]), CacheSpec(FORMATS["int4"])
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 SPECS = {
     "int8": INT8,
     "int4": INT4,
@@ -633,7 +632,6 @@ def test_prefill_of_several_tokens_fills_the_same_cache(decoder):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(np.float32), atol=1 if a.dtype == jnp.int8 else 1e-5)
 
 
-@pytest.mark.usefixtures("compile_fully")
 def test_a_generation_loop_carries_the_packed_cache(decoder):
     module, variables = decoder
     q = qjax.quantize(module, KEEP, kv_cache="int4")
