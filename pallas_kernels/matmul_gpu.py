@@ -69,4 +69,6 @@ def _choose(
     if chip.capability < 80:
         return None, "the kernels are for GPUs of compute capability 8.0 and later"
     slower = matmul_triton.unsupported(x, w, casts, out_dtype, **operands)
+    if slower is None and not matmul_triton.finds_device():
+        slower = "from jax 0.11 on Triton needs a GPU, or the abstract one of a mesh (jax.sharding.use_abstract_mesh)"
     return (None, slower) if slower else (matmul_triton, reason)

@@ -103,6 +103,14 @@ def matmul(
     return gpu_operands.join(out, m).reshape(*stack, m, w.layout.n).astype(out_dtype)
 
 
+def finds_device() -> bool:
+    """Whether there is the device, of this machine or abstract, that Triton's lowering asks for from jax 0.11 on."""
+    if jax.__version_info__ < (0, 11):
+        return True
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return abstract is not None or jax.devices()[0].platform == "gpu"
+
+
 def unsupported(
     x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any, *, precision: Any = None, transpose: bool = False
 ) -> str | None:

@@ -204,7 +204,8 @@ def shapes(case: Case) -> tuple[Any, QTensor]:
     return jax.eval_shape(case.operands)
 
 
-def test_what_a_product_runs_on():
+def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(matmul_triton, "finds_device", lambda: True)
     plain = Case(8, 256, 128, "int4", PerGroup(128), None)
     x, w = shapes(plain)
     assert "target_chip" in (matmul_gpu.unsupported(x, w, (), BF16) or "")  # on a CPU
@@ -230,6 +231,8 @@ def test_what_a_product_runs_on():
         assert matmul_gpu._choose(x32, w32, (), F32, jax.lax.Precision.HIGHEST, False)[0] is None
     with blocks_gpu.target_chip("a100"):
         assert matmul_gpu._choose(x, w, (), BF16, None, False) == (matmul_triton, None)
+        monkeypatch.setattr(matmul_triton, "finds_device", lambda: False)
+        assert "use_abstract_mesh" in (matmul_gpu.unsupported(x, w, (), BF16) or "")
 
 
 def test_without_a_gpu_a_product_is_the_reference():
