@@ -76,7 +76,7 @@ class Blocks:
     """How a product is cut.
 
     Attributes:
-        m: rows of x in a tile, a multiple of 16.
+        m: rows of x in a tile: 8, or a multiple of 16.
         n: columns of the weight in a tile, a multiple of 128.
         k: rows of the weight in a tile, a multiple of 256; a multiple of the group size, or the group size of it.
         scale: whether scales are multiplied in before or after the product.
@@ -235,8 +235,8 @@ def operand_dtype(x: Any, weight: Any, precision: Any) -> jnp.dtype:
 # A kernel has 16 MiB of VMEM on every chip, if it asks for no more; what `_vmem` does not count gets the rest.
 _VMEM = 11 * 2**20
 MOST_M, _MOST_K = 512, 2048
-_DEPTH = 128  # of the matrix unit; from v6e on it is twice that, but with groups of 128 as fast filled to a half
 _STRIP = 16  # rows of a tile that go through an epilogue at a time: a multiple of the rows of a register
+_DEEP = ("v6e", "7x")  # their matrix units are 256 deep, those of the others 128
 _MOST_BIASED = 32  # rows of x in a tile: with more, conversion of codes is not what takes the time
 _NO_BFLOAT16_ARITHMETIC = ("v5e", "v5p")
 _STEP = 128  # a step of the grid takes about as long as so many rows of a tile more
@@ -270,12 +270,12 @@ def default_blocks(
         Blocks, or None if no tile fits into VMEM.
     """
     group, unit = spec.group_size(k), _k_unit(k, spec, order)
-    bm = _round_up(-(-m // -(-m // MOST_M)), 16)
+    bm = _round_up(-(-m // -(-m // MOST_M)), 8 if m <= 8 else 16)
     entry = None if transpose else blocks_tpu.lookup("quantized_matmul", bm, k, spec, order, dtype)
     most_n, most_k = (entry.n, entry.k) if entry else (512, 2048) if bm <= 64 else (1024, 512)
     halvings = sorted(itertools.product(range(6), range(4), range(4)), key=lambda h: (h[0], sum(h), h))
     for less_m, less_n, less_k in halvings:
-        rows = max(16, _round_up(bm >> less_m, 16))
+        rows = bm if bm <= 16 else max(16, _round_up(bm >> less_m, 16))
         by_shape = "after" if group == k or (_cuts_depth(group) and 2 * rows <= group) else "before"
         blocks = Blocks(
             m=rows,
@@ -295,7 +295,12 @@ def fits(blocks: Blocks, k: int, spec: QuantSpec, dtype: Any, order: str, beside
 
 def _cuts_depth(group: int) -> bool:
     """Whether groups are whole tiles of the matrix unit, or several of them are one."""
-    return group % _DEPTH == 0 or _DEPTH % group == 0
+    return group % LANES == 0 or LANES % group == 0
+
+
+def _depth(rows: int) -> int:
+    """Of the matrix unit, as far as filling it pays with so many rows of x."""
+    return 2 * LANES if blocks_tpu.chip() in _DEEP and rows <= 16 else LANES
 
 
 def _k_unit(k: int, spec: QuantSpec, order: str) -> int:
@@ -381,7 +386,7 @@ class Product:
         if transpose or rounding or not (whole or _cuts_depth(group)):
             blocks = dataclasses.replace(blocks, scale="before")
         can_bias = blocks.scale == "after" and dtype == jnp.bfloat16 and tile_tpu.can_bias(w.spec.format)
-        pays = group >= _DEPTH // 2 and blocks.m <= _MOST_BIASED and blocks_tpu.chip() in _NO_BFLOAT16_ARITHMETIC
+        pays = group >= LANES // 2 and blocks.m <= _MOST_BIASED and blocks_tpu.chip() in _NO_BFLOAT16_ARITHMETIC
         return Product(w.spec, w.layout.k, w.layout.n, order, transpose, blocks, dtype, rounding, can_bias and pays)
 
     @property
@@ -551,12 +556,14 @@ def _kernel(
 def _finish_strips(epilogue: Epilogue, sums: Sequence[tuple[Any, Any]], others: Sequence[Any], out_ref: Any) -> None:
     """Writes what is made of the sums, each with a scale or None; `_STRIP` rows at a time."""
 
+    height = min(_STRIP, out_ref.shape[0])
+
     def strip(i: Any) -> None:
-        rows = pl.ds(pl.multiple_of(i * _STRIP, _STRIP), _STRIP)
+        rows = pl.ds(pl.multiple_of(i * height, height), height)
         products = [ref[rows, :] if scale is None else ref[rows, :] * scale[...] for ref, scale in sums]
         out_ref[rows, :] = epilogue(products, [ref[rows, :] if ref.shape[0] > 1 else ref[...] for ref in others])
 
-    count = out_ref.shape[0] // _STRIP
+    count = out_ref.shape[0] // height
     if count == 1:
         strip(0)
     else:
@@ -702,7 +709,7 @@ def _scaled_sums(
     """
     count, size = _groups(product)
     rows = x.shape[0]
-    beside = max(1, _DEPTH // size)
+    beside = max(1, _depth(rows) // size)
     depth = beside * size
     height = tile_tpu.rows(product.spec.format, depth)
     total = jnp.zeros((rows, product.blocks.n), jnp.float32)

@@ -17,6 +17,7 @@ from pallas_kernels.kv_cache import QCache
 from pallas_kernels.partition import check_placement
 from pallas_kernels.qtensor import QTensor, is_packed
 from passes.trace import key_name
+from qjax.arrange import arrange
 from qjax.model import QuantizedNNX, nnx_state, quantize, with_nnx_values
 from qjax.recipes import Recipe
 from qjax.storage import (
@@ -106,6 +107,7 @@ def restore(
     shardings: Shardings | None = None,
     subtree: str | None = None,
     verify: bool = True,
+    chip: str | None = None,
 ) -> Any:
     """Reads what `save` wrote.
 
@@ -115,6 +117,7 @@ def restore(
         shardings: where to put the arrays; by default on the default device.
         subtree: path of one part of the variables ("params/encoder"); only its arrays are read.
         verify: check every array against its checksum.
+        chip: the one that will serve, for matrices in the order that its kernels read, as `qjax.arrange` puts them.
 
     Returns:
         `(q, variables)`, as `qjax.quantize` and `convert` give them; for an NNX module the converted `q` alone.
@@ -122,7 +125,8 @@ def restore(
     Raises:
         FileNotFoundError: nothing is at `path`.
         CheckpointError: damaged, foreign, newer, or not of this model; the message says which.
-        ValueError: `shardings` give devices parts of K that are not made of whole words and groups.
+        ValueError: `shardings` give devices parts of K that are not made of whole words and groups; no such chip is
+            known.
     """
     manifest = read_manifest(path)
     recipe = Recipe.from_json(manifest["recipe"])
@@ -141,6 +145,8 @@ def restore(
         for part in jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, QTensor)):
             if isinstance(part, QTensor):
                 check_placement(part, entry["path"])
+    if chip is not None:
+        leaves = [(entry, arrange(value, chip)) for entry, value in leaves]
     if isinstance(q, QuantizedNNX):
         return _into_nnx(q, {e["path"]: value for e, value in leaves}, partial=subtree is not None)
     return q, nested([(entry["steps"], value) for entry, value in leaves])

@@ -66,6 +66,17 @@ def test_nnx():
     np.testing.assert_allclose(actual, expected, atol=2e-2 * np.abs(expected).max())
 
 
+def test_restored_in_the_order_of_a_chip(converted, tmp_path):
+    q, packed = converted
+    qjax.save(tmp_path / "packed", q, packed)
+    expected = qjax.arrange(packed, "h100")
+    _, restored = qjax.restore(tmp_path / "packed", Mlp(), chip="h100")
+    assert orders(restored) == orders(expected)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    with pytest.raises(ValueError, match="h100"):  # those that there are
+        qjax.restore(tmp_path / "packed", Mlp(), chip="h1000")
+
+
 @pytest.mark.parametrize("chip", ["v5e", "7x", "a100"])
 def test_other_chips_read_what_convert_gives(converted, chip: str):
     assert qjax.arrange(converted[1], chip) is converted[1]

@@ -138,7 +138,7 @@ def test_default_blocks(m: int, experts: int):
         jax.ShapeDtypeStruct((experts, 4096, 1024), F32),
     )
     rows = ragged_matmul_tpu.default_blocks(m, experts, w, BF16).m
-    assert rows % 16 == 0 and rows <= 512
+    assert (rows == 8 or rows % 16 == 0) and rows <= 512
     tiles, used = -(-m // rows), min(m, experts)
     assert (tiles + used - 1) * rows <= 3 * max(m, 16 * used)
     assert tiles <= max(2, used, m // 256)
