@@ -2,7 +2,8 @@
 
 What it means is `reference`: a `cache_dot_general` with the keys, elementwise operations, a softmax over positions, and
 a `cache_dot_general` with the values. On TPU `cache_attention_tpu` does that in one pass over both caches, so that
-scores and probabilities never leave the chip. A program that is mapped or differentiated has `reference` in its place.
+scores and probabilities never leave the chip, and on NVIDIA GPUs, in `target_chip`, `cache_attention_gpu` does. A
+program that is mapped or differentiated has `reference` in its place.
 
 What that saves, in a step of 8 sequences at 8192 positions with 8 heads of 128, each for 4 queries, on v5e, as the TPU
 compiler has it (jax 0.10.2, libtpu 0.0.42.1; `tests/test_tpu_compile.py` compiles such a step):
@@ -32,9 +33,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import cache_attention_tpu, partition
+from pallas_kernels import blocks_gpu, cache_attention_tpu, partition
 from pallas_kernels.cache_dot import cache_dot_general, differentiated, type_of_result
-from pallas_kernels.kv_cache import QCache
+from pallas_kernels.kv_cache import QCache, layer_of
 
 cache_attention_p = Primitive("cache_attention")
 
@@ -76,7 +77,12 @@ class AttentionSpec:
 
 
 def cache_attention(
-    q: Float[Array, "*_"], keys: QCache, values: QCache, mask: Bool[Array, "*_"] | None, spec: AttentionSpec
+    q: Float[Array, "*_"],
+    keys: QCache,
+    values: QCache,
+    mask: Bool[Array, "*_"] | None,
+    spec: AttentionSpec,
+    layers: tuple[Any, Any] | None = None,
 ) -> Float[Array, "*_"]:
     """Attention; the softmax is over the last axis of the scores.
 
@@ -86,18 +92,26 @@ def cache_attention(
         mask: where a query sees a position; broadcasts with the scores in the order of the softmax, and has their rank.
             Given where the spec has a step for it.
         spec: the rest.
+        layers: where keys and values are each one of a stack, which is given: their indices along its first axis. A
+            kernel reads codes from the stack; no cache is taken out of it.
 
     Raises:
         ValueError: as `cache_dot_general`.
     """
-    leaves, tree = jax.tree.flatten((keys, values, mask))
+    leaves, tree = jax.tree.flatten((keys, values, mask, layers))
     return cache_attention_p.bind(q, *leaves, tree=tree, spec=spec)
 
 
 def reference(
-    q: Float[Array, "*_"], keys: QCache, values: QCache, mask: Bool[Array, "*_"] | None, spec: AttentionSpec
+    q: Float[Array, "*_"],
+    keys: QCache,
+    values: QCache,
+    mask: Bool[Array, "*_"] | None,
+    spec: AttentionSpec,
+    layers: tuple[Any, Any] | None = None,
 ) -> Float[Array, "*_"]:
     """What `cache_attention` means; arguments as there."""
+    keys, values = by_themselves(keys, values, layers)
     scores = spec.scores(q, keys).transpose(spec.order)
     for step, by in spec.steps:
         if step == "multiply":
@@ -115,12 +129,18 @@ def reference(
     return spec.result(weights.astype(spec.weights), values)
 
 
+def by_themselves(keys: QCache, values: QCache, layers: tuple[Any, Any] | None) -> tuple[QCache, QCache]:
+    """The two caches, taken out of their stacks where they are in some."""
+    return (keys, values) if layers is None else (layer_of(keys, layers[0]), layer_of(values, layers[1]))
+
+
 # --- The primitive ---------------------------------------------------------------------------------------------
 
 
 def _with(implementation: Callable[..., Array]) -> Callable[..., Array]:
     def lowered(q: Array, *leaves: Array, tree: Any, spec: AttentionSpec) -> Array:
-        return implementation(q, *jax.tree.unflatten(tree, leaves), spec)
+        keys, values, mask, layers = jax.tree.unflatten(tree, leaves)
+        return implementation(q, keys, values, mask, spec, layers)
 
     return lowered
 
@@ -148,15 +168,31 @@ def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
     return jax.vmap(functools.partial(_with(reference), **params), in_axes=tuple(dims))(*operands), 0
 
 
-def _on_tpu(q: Array, keys: QCache, values: QCache, mask: Array | None, spec: AttentionSpec) -> Array:
+def _on_tpu(q: Array, keys: QCache, values: QCache, mask: Any, spec: AttentionSpec, layers: Any) -> Array:
     explicit = any(partition.is_explicit(jax.typeof(a)) for a in jax.tree.leaves((q, keys, values)))
-    if explicit or cache_attention_tpu.unsupported(q, keys, values, spec) is not None:
-        return reference(q, keys, values, mask, spec)
-    return cache_attention_tpu.attention(q, keys, values, mask, spec)
+    if explicit or cache_attention_tpu.unsupported(q, *_types(keys, values, layers), spec) is not None:
+        return reference(q, keys, values, mask, spec, layers)
+    return cache_attention_tpu.attention(q, keys, values, mask, spec, layers)
+
+
+def _on_gpu(q: Array, keys: QCache, values: QCache, mask: Any, spec: AttentionSpec, layers: Any) -> Array:
+    explicit = any(partition.is_explicit(jax.typeof(a)) for a in jax.tree.leaves((q, keys, values)))
+    if explicit or blocks_gpu.asked_for() is None:
+        return reference(q, keys, values, mask, spec, layers)
+    from pallas_kernels import cache_attention_gpu  # a backend that every other platform can do without
+
+    if cache_attention_gpu.unsupported(q, *_types(keys, values, layers), spec) is not None:
+        return reference(q, keys, values, mask, spec, layers)
+    return cache_attention_gpu.attention(q, keys, values, mask, spec, layers)
+
+
+def _types(keys: QCache, values: QCache, layers: Any) -> tuple[QCache, QCache]:
+    """Those of the two caches by themselves."""
+    return jax.eval_shape(by_themselves, keys, values, layers)
 
 
 ad.primitive_jvps[cache_attention_p] = _jvp
 batching.primitive_batchers[cache_attention_p] = _batch
-for _platform, _implementation in {None: reference, "tpu": _on_tpu}.items():
+for _platform, _implementation in {None: reference, "cuda": _on_gpu, "tpu": _on_tpu}.items():
     _rule = partition.lowering(_with(_implementation), plain=_with(reference))
     mlir.register_lowering(cache_attention_p, _rule, platform=_platform)

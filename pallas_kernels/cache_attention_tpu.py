@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import cache_dot_tpu
+from pallas_kernels import cache_dot_tpu, kv_cache
 from pallas_kernels.cache_dot_tpu import LANES, View
 from pallas_kernels.formats import Format
 from pallas_kernels.kv_cache import QCache
@@ -50,14 +50,18 @@ def attention(
     values: QCache,
     mask: Bool[Array, "*_"] | None,
     spec: Any,
+    layers: tuple[Any, Any] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*_"]:
     """What `cache_attention.reference` computes, up to rounding, where `unsupported` has nothing to say.
 
     Args:
-        q, keys, values, mask, spec: as there.
+        q, keys, values, mask, spec, layers: as there. Scales are taken out of a stack.
         interpret: runs the kernel as XLA operations, on any platform.
     """
+    stacks = (keys, values)
+    if layers is not None:
+        keys, values = (kv_cache.layer_of(stack, layer) for stack, layer in zip(stacks, layers, strict=True))
     views = _views(q, keys, values, spec)
     assert views is not None
     of_keys, of_values = views
@@ -66,18 +70,23 @@ def attention(
         operand_dtype(q.dtype, q.dtype, scores.precision),
         operand_dtype(spec.weights, spec.weights, result.precision),
     )
-    queries = [number for kind, number, _ in _labels(q, keys, spec) if kind == "query"]
+    queries = [number for kind, number, _ in axes_of_scores(q, keys, spec) if kind == "query"]
     rows = cache_dot_tpu.rows_of(q, of_keys, scores.numbers, scores.operand, queries)
-    caches = (
-        cache_dot_tpu.stored(keys, of_keys, scores.numbers, scores.operand),
-        cache_dot_tpu.stored(values, of_values, result.numbers, result.operand),
-    )
-    seen = None if mask is None else _arranged(mask, _labels(q, keys, spec), of_keys)
+    caches, first = [], []
+    for number, (cache, view, dot) in enumerate(((keys, of_keys, scores), (values, of_values, result))):
+        codes, small = cache_dot_tpu.stored(cache, view, dot.numbers, dot.operand)
+        start = jnp.int32(0)
+        if layers is not None:
+            codes = cache_dot_tpu.stored_together(stacks[number], view, dot.numbers, dot.operand)
+            start = jnp.clip(layers[number], 0, stacks[number].shape[0] - 1).astype(jnp.int32) * view.lead
+        caches.append((codes, small))
+        first.append(start)
+    seen = None if mask is None else _arranged(mask, axes_of_scores(q, keys, spec), of_keys)
     formats = keys.spec.format, values.spec.format
     zero_points = keys.zero is not None, values.zero is not None
     attend = _Attend(views, formats, zero_points, dtypes, spec.steps, mask is not None)
     written = jnp.dtype(jnp.float32) if result.out_dtype == jnp.float16 else jnp.dtype(result.out_dtype)
-    out = _call(attend, rows, caches, seen, written, interpret)
+    out = _call(attend, jnp.stack(first), rows, caches, seen, written, interpret)
     weights = _weights(q, keys, spec)
     out = cache_dot_tpu.restored(out, weights.shape, values, of_values, result.numbers, result.operand)
     return out.astype(result.out_dtype)
@@ -86,7 +95,7 @@ def attention(
 # --- Axes -----------------------------------------------------------------------------------------------------------
 
 
-def _labels(q: Any, keys: QCache, spec: Any) -> list[tuple[str, int, int]]:
+def axes_of_scores(q: Any, keys: QCache, spec: Any) -> list[tuple[str, int, int]]:
     """For each axis of the scores in the order of the softmax: "batch", "query" or "key", its number, and its size."""
     numbers, operand = spec.scores.numbers, spec.scores.operand
     (own_contract, own_batch), (q_contract, q_batch) = cache_dot_tpu.sides(numbers, operand)
@@ -104,12 +113,12 @@ def _labels(q: Any, keys: QCache, spec: Any) -> list[tuple[str, int, int]]:
 
 def _weights(q: Any, keys: QCache, spec: Any) -> jax.ShapeDtypeStruct:
     """The type of the probabilities."""
-    return jax.ShapeDtypeStruct([size for _, _, size in _labels(q, keys, spec)], spec.weights)
+    return jax.ShapeDtypeStruct([size for _, _, size in axes_of_scores(q, keys, spec)], spec.weights)
 
 
 def _views(q: Any, keys: QCache, values: QCache, spec: Any) -> tuple[View, View] | None:
     """Keys and values as the kernel sees them, in the same tiles; None where it cannot read both alike."""
-    labels, result = _labels(q, keys, spec), spec.result
+    labels, result = axes_of_scores(q, keys, spec), spec.result
     (contract, _), (weights_contract, weights_batch) = cache_dot_tpu.sides(result.numbers, result.operand)
     last = len(labels) - 1
     kinds = [kind for kind, *_ in labels]
@@ -182,59 +191,73 @@ class _Attend:
 
 def _call(
     attend: _Attend,
+    first: Int[Array, " 2"],
     q: Float[Array, "B H M D"],
     caches: Sequence[tuple[Array, list[Array]]],
     mask: Array | None,
     out_dtype: Any,
     interpret: bool,
 ) -> Float[Array, "B H M D2"]:
-    """Attention of each sequence; operands as `cache_dot_tpu` arranges them."""
+    """Attention of each sequence; operands as `cache_dot_tpu` arranges them.
+
+    Args:
+        attend: what is computed.
+        first: which sequence of the keys, and of the values, is the first one.
+        q, caches, mask: operands.
+        out_dtype: of the result.
+        interpret: as for `attention`.
+    """
     view, of_values = attend.views
     h, m, t = view.heads, view.rows, view.positions
-    specs, operands, copies = [], [], []
-    for own, (codes, small) in zip(attend.views, caches, strict=True):
+    specs, operands, copies, read = [], [], [], 0
+    for number, (own, (codes, small)) in enumerate(zip(attend.views, caches, strict=True)):
         specs += [
-            cache_dot_tpu.window(own, codes),
-            *(pl.BlockSpec((None, h, t), lambda b, i, s: (b, 0, s)) for _ in small),
+            cache_dot_tpu.window(own, codes, lambda first, number=number: first[number]),
+            *(pl.BlockSpec((None, h, t), lambda b, i, s, first: (b, 0, s)) for _ in small),
         ]
         operands += [codes, *small]
+        read += codes.nbytes // codes.shape[0] * view.lead + sum(a.nbytes for a in small)
         copies += cache_dot_tpu.copies(own)
     if mask is not None:
         full = [size > 1 for size in mask.shape]
 
-        def place(b: Any, i: Any, s: Any) -> tuple[Any, ...]:
+        def place(b: Any, i: Any, s: Any, first: Any) -> tuple[Any, ...]:
             return (b if full[0] else 0, 0, i if full[2] else 0, s)
 
         specs.append(pl.BlockSpec((None, mask.shape[1], m if full[2] else 1, t), place))
         operands.append(mask)
+        read += mask.nbytes
 
     def by_vector(d: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, h, m, d), lambda b, i, s: (b, 0, i, 0))
+        return pl.BlockSpec((None, h, m, d), lambda b, i, s, first: (b, 0, i, 0))
 
     return pl.pallas_call(
         functools.partial(_kernel, attend),
         out_shape=jax.ShapeDtypeStruct((*q.shape[:-1], of_values.d), out_dtype),
-        grid=(view.lead, pl.cdiv(view.m, m), pl.cdiv(view.t, t)),
-        in_specs=[by_vector(view.d), *specs],
-        out_specs=by_vector(of_values.d),
-        scratch_shapes=[
-            pltpu.VMEM((h, m, LANES), jnp.float32),
-            pltpu.VMEM((h, m, LANES), jnp.float32),
-            pltpu.VMEM((h, m, of_values.d), jnp.float32),
-            *copies,
-        ],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(view.lead, pl.cdiv(view.m, m), pl.cdiv(view.t, t)),
+            in_specs=[by_vector(view.d), *specs],
+            out_specs=by_vector(of_values.d),
+            scratch_shapes=[
+                pltpu.VMEM((h, m, LANES), jnp.float32),
+                pltpu.VMEM((h, m, LANES), jnp.float32),
+                pltpu.VMEM((h, m, of_values.d), jnp.float32),
+                *copies,
+            ],
+        ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * q.size // view.d * view.t * (view.d + of_values.d),
-            bytes_accessed=q.nbytes + sum(a.nbytes for a in operands) + q.size * 4,
+            bytes_accessed=q.nbytes + read + q.size * 4,
             transcendentals=q.size // view.d * view.t,
         ),
         name="cache_attention",
         interpret=interpret,
-    )(q, *operands)
+    )(first, q, *operands)
 
 
-def _kernel(attend: _Attend, q_ref: Any, *refs: Any) -> None:
+def _kernel(attend: _Attend, _: Any, q_ref: Any, *refs: Any) -> None:
     """Adds what a tile of positions gives, for all heads; after the last one the sums are divided.
 
     Args:

@@ -31,7 +31,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -167,6 +167,17 @@ def stored(cache: QCache, view: View, numbers: Any, operand: int) -> tuple[Array
     return codes, small
 
 
+def stored_together(stack: QCache, view: View, numbers: Any, operand: int) -> Array:
+    """The codes of a stack of caches, one after another, in the form of the view.
+
+    Args:
+        stack: the caches along the first axis; the rest is said of one of them.
+        view, numbers, operand: as for `stored`.
+    """
+    codes = jax.vmap(lambda one: stored(one, view, numbers, operand)[0])(stack)
+    return codes.reshape(-1, *codes.shape[2:])
+
+
 def restored(
     out: Float[Array, "B H M _"], x: tuple[int, ...], cache: QCache, view: View, numbers: Any, operand: int
 ) -> Float[Array, "*_"]:
@@ -290,14 +301,19 @@ def _call(
     )(x, codes, *small)
 
 
-def window(view: View, codes: Array) -> pl.BlockSpec:
-    """The tile of the codes at step s along the positions of sequence b, of a grid (b, _, s)."""
+def window(view: View, codes: Array, first: Callable[..., Any] = lambda: 0) -> pl.BlockSpec:
+    """The tile of the codes at step s along the positions of sequence b, of a grid (b, _, s).
+
+    Args:
+        view, codes: of the cache.
+        first: which sequence of the codes is the first one, from the prefetched scalars.
+    """
     h, t = view.heads, view.positions
     if view.form == "heads":
-        return pl.BlockSpec((1, t * h, view.d), lambda b, i, s: (b, s, 0))
+        return pl.BlockSpec((1, t * h, view.d), lambda b, i, s, *p: (first(*p) + b, s, 0))
     if view.form == "rows":
-        return pl.BlockSpec((None, h, t, view.d), lambda b, i, s: (b, 0, s, 0))
-    return pl.BlockSpec((None, h, codes.shape[2], t), lambda b, i, s: (b, 0, 0, s))
+        return pl.BlockSpec((None, h, t, view.d), lambda b, i, s, *p: (first(*p) + b, 0, s, 0))
+    return pl.BlockSpec((None, h, codes.shape[2], t), lambda b, i, s, *p: (first(*p) + b, 0, 0, s))
 
 
 def copies(view: View) -> list[Any]:

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import numerics, packing
 from pallas_kernels.activations import Activation
@@ -194,6 +195,11 @@ def unscaled(cache: QCache, dtype: Any) -> Float[Array, "*S"]:
 def scales(cache: QCache) -> Float[Array, "*S"]:
     """The scales in float32, with size 1 along the vector axis."""
     return jnp.expand_dims(cache.scale, cache.axis).astype(jnp.float32)
+
+
+def layer_of(stack: QCache, layer: Int[Array, ""]) -> QCache:
+    """One cache of a stack of them: element `layer` of the first axis of every array."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, 0, keepdims=False), stack)
 
 
 def leaves(cache: QCache) -> list[Array]:

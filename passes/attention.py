@@ -76,7 +76,9 @@ class Attention:
         spec = AttentionSpec(
             _product(first, which), self.order, self.steps, self.dtype, _product(last, 1 - self.weights)
         )
-        return cache_attention(jnp.asarray(q), keys.base, values.base, mask, spec)
+        if keys.layer is None or values.layer is None:
+            return cache_attention(jnp.asarray(q), keys.base, values.base, mask, spec)
+        return cache_attention(jnp.asarray(q), keys.stored, values.stored, mask, spec, (keys.layer, values.layer))
 
 
 def _product(eqn: Any, operand: Any) -> Dot:

@@ -164,6 +164,10 @@ def _float(value: Any) -> Any:
 
 
 def _rebuild_scan(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> Rebuilt:
+    """A packed cache among the scanned operands that has a new value among the stacked results is carried as a stack.
+
+    Else each step would copy its cache out of one stack and into another.
+    """
     params = eqn.params
     n_consts, n_carry = scan_counts(params)
     kept = _invariant(params["jaxpr"], n_consts, n_carry)
@@ -172,30 +176,63 @@ def _rebuild_scan(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any],
     xs = [x if is_ref(x) and x.can_index(0) else _float(x) for x in xs]
     moving = [i for i, c in enumerate(carry) if not is_ref(c)]  # a packed carry never changes: closed over
     sliced = [i for i, x in enumerate(xs) if not is_ref(x)]
+    stacks: dict[Any, int] = {_Stack(): i for i, x in enumerate(xs) if hasattr(x, "at_layer")}
+    names = {i: stack for stack, i in stacks.items()}
 
-    def body(state, step):
-        index, slices, shadows = step
-        full_carry = list(carry)
-        full_xs = [x.index(0, index, shadow) if is_ref(x) else None for x, shadow in zip(xs, shadows, strict=True)]
-        for i, value in zip(moving, state, strict=True):
-            full_carry[i] = value
-        for i, value in zip(sliced, slices, strict=True):
-            full_xs[i] = value
-        out, taps = run("scan", [*consts, *full_carry, *full_xs], index)
-        return [out[i] for i in moving], (out[n_carry:], taps)
+    def scan(updated: dict[int, int], found: dict[int, int]) -> Any:
+        """The loop, with these results carried, by scanned operand; those that can be are found."""
 
-    indices = jnp.arange(params["length"], dtype=jnp.int32)
-    state, (ys, taps) = lax.scan(
-        body,
-        [carry[i] for i in moving],
-        (indices, [xs[i] for i in sliced], [x.shadow if is_ref(x) else None for x in xs]),
-        length=params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
-    )
+        def body(state, step):
+            moved, whole = state
+            index, slices, shadows = step
+            full_carry, full_xs = list(carry), [None] * len(xs)
+            for i, value in zip(moving, moved, strict=True):
+                full_carry[i] = value
+            for i, value in zip(sliced, slices, strict=True):
+                full_xs[i] = value
+            for i, x in enumerate(xs):
+                if i in names:
+                    full_xs[i] = whole.get(i, x).at_layer(index, names[i])
+                elif is_ref(x):
+                    full_xs[i] = x.index(0, index, shadows[i])
+            out, taps = run("scan", [*consts, *full_carry, *full_xs], index)
+            ys, after = out[n_carry:], {}
+            for j, y in enumerate(ys):
+                own = stacks.get(getattr(y, "stack", None))
+                if own is not None:
+                    found.setdefault(own, j)
+                if own is not None and updated.get(own) == j:
+                    after[own], ys[j] = y.whole, None
+                elif hasattr(y, "at_layer"):
+                    ys[j] = y.base
+            return ([out[i] for i in moving], after), (ys, taps)
+
+        return lax.scan(
+            body,
+            ([carry[i] for i in moving], {i: xs[i] for i in updated}),
+            (
+                jnp.arange(params["length"], dtype=jnp.int32),
+                [xs[i] for i in sliced],
+                [x.shadow if is_ref(x) else None for x in xs],
+            ),
+            length=params["length"],
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+
+    updated: dict[int, int] = {}
+    if stacks:  # which result belongs to which operand shows when the body is traced
+        jax.eval_shape(lambda: scan({}, updated))
+    (state, whole), (ys, taps) = scan(updated, {})
     for i, value in zip(moving, state, strict=True):
         carry[i] = value
+    for i, j in updated.items():
+        ys[j] = whole[i]
     return [*carry, *ys], taps
+
+
+class _Stack:
+    """Stands for one packed cache among the scanned operands of one scan."""
 
 
 def _rebuild_while(eqn: Any, values: list[Any], run: Any, is_ref: Callable[[Any], bool]) -> Rebuilt:

@@ -910,32 +910,55 @@ def _carried_out(
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Cached:
-    """A packed cache, or a part of one, in flight. It is not indexed by a rebuilt loop: its arrays are sliced."""
+    """A packed cache, or a part of one, in flight.
 
-    base: QCache
+    Attributes:
+        stored: the packed arrays.
+        layer: where the cache is one of a stack, which `stored` is: its index along the first axis.
+        stack: says which stack, where there is a layer.
+    """
+
+    stored: QCache
+    layer: Any = None
+    stack: Any = None
     shadow = None
 
     def tree_flatten(self):
-        """The packed cache is its only child."""
-        return (self.base,), None
+        """The packed cache and the index are its children."""
+        return (self.stored, self.layer), self.stack
 
     @classmethod
-    def tree_unflatten(cls, aux, children):
+    def tree_unflatten(cls, stack, children):
         """Rebuilds from `tree_flatten`."""
-        return cls(*children)
+        stored, layer = children
+        return cls(stored, layer, stack)
+
+    @property
+    def base(self) -> QCache:
+        """The packed cache by itself: a copy, where it is one of a stack."""
+        return self.stored if self.layer is None else kv_cache.layer_of(self.stored, self.layer)
+
+    @property
+    def whole(self) -> Cached:
+        """All caches of the stack."""
+        return Cached(self.stored)
 
     @property
     def position(self) -> int:
         """The vector axis, counted from the front."""
-        return self.base.axis + self.base.ndim
+        return self.stored.axis + self.stored.ndim - (self.layer is not None)
 
     def materialize(self) -> Array:
         """The float value."""
         return jax.jit(kv_cache.dequantize)(self.base)
 
     def can_index(self, axis: int) -> bool:
-        """Never: see `entering`."""
-        return False
+        """Whether `at_layer` has the elements of this axis."""
+        return axis == 0 and self.position > 0 and self.layer is None
+
+    def at_layer(self, layer: Array, stack: Any) -> Cached:
+        """One element of the first axis, which is not taken out of the stack: it is read and updated there."""
+        return Cached(self.stored, layer, stack)
 
     def shard(self, spec: Any, mesh: Any) -> None:
         """A `shard_map` gets the float value."""
@@ -949,8 +972,8 @@ def _float(value: Any) -> Any:
 def entering(eqn: Any, values: Sequence[Any], address: Address, plan: CachePlan) -> list[Any]:
     """Operands of a higher-order equation, with each cache in the form in which it enters the bodies.
 
-    Where a loop carries or slices it, that is the `QCache`: a pytree like any other to the loop. What is closed over or
-    handed on stays a `Cached`.
+    Where a loop carries it, that is the `QCache`: a pytree like any other to the loop. What is closed over or handed on
+    stays a `Cached`, and so does a stack of which a loop has one element at a time.
     """
     if eqn.primitive not in _LOOPS:
         return list(values)
@@ -961,25 +984,34 @@ def entering(eqn: Any, values: Sequence[Any], address: Address, plan: CachePlan)
         value = out[feed.operand]
         if not isinstance(value, Cached) or feed.how == "whole":
             continue
-        stays = value.position > 0 if feed.how == "scanned" else (address, i - first) in plan.kept
-        out[feed.operand] = value.base if stays else value.materialize()
+        if feed.how == "scanned":
+            out[feed.operand] = Cached(value.base) if value.position > 0 else value.materialize()
+        else:
+            out[feed.operand] = value.base if (address, i - first) in plan.kept else value.materialize()
     return out
 
 
 def inside(values: Sequence[Any]) -> list[Any]:
-    """Inputs of a body: a cache that a loop carried or sliced is one in flight again."""
+    """Inputs of a body: a cache that a loop carried is one in flight again."""
     return [Cached(value) if isinstance(value, QCache) else value for value in values]
 
 
 def leaving(eqn: Any, body: str, values: Sequence[Any], address: Address, plan: CachePlan) -> list[Any]:
-    """Results of a body, with each cache in the form in which it leaves: packed where the plan keeps it so."""
+    """Results of a body, with each cache in the form in which it leaves: packed where the plan keeps it so.
+
+    One of a stack, of which a scan makes a stack again, is left there.
+    """
     if eqn.primitive in _CALLS:
         return list(values)
     kept = plan.kept if body != "while_cond" else ()
+    stacked = _carries(eqn) if eqn.primitive is prims.scan_p else len(values)
     out = []
     for i, value in enumerate(values):
         if isinstance(value, Cached):
-            value = value.base if (address, i) in kept else value.materialize()
+            if (address, i) not in kept:
+                value = value.materialize()
+            elif value.layer is None or i < stacked:
+                value = value.base
         out.append(value)
     return out
 
@@ -1000,7 +1032,9 @@ def equation(eqn: Any, values: Sequence[Any], kept: bool) -> list[Any]:
             if out is None:
                 continue
             where = _holds(move, eqn, out, i, cached.position)
-            if all(_alike(v.base, cached.base) and where.get(j) == v.position for j, v in caches):
+            if all(_alike(v.stored, cached.stored) and where.get(j) == v.position for j, v in caches):
+                if eqn.primitive is prims.dynamic_update_slice_p and cached.layer is not None and len(caches) == 1:
+                    return [_updated(cached, values[1], values[2:])]
                 return [_moved(move, eqn, values, cached.base, out, where)]
     if eqn.primitive is prims.dot_general_p:
         i, cached = caches[0]
@@ -1011,6 +1045,20 @@ def equation(eqn: Any, values: Sequence[Any], kept: bool) -> list[Any]:
 
 def _alike(a: QCache, b: QCache) -> bool:
     return (a.spec, a.size) == (b.spec, b.size)
+
+
+def _updated(cached: Cached, new: Any, starts: Sequence[Any]) -> Cached:
+    """A cache of a stack with new vectors from these indices on, in the stack as it is then."""
+    with jax.named_scope("quantize_cache"):
+        update = kv_cache.quantize(jnp.asarray(_float(new)), cached.stored.spec, cached.position)
+    at = [jnp.asarray(i, jnp.int32) for i in (cached.layer, *_from_zero(starts, cached.position))]
+    stored = [
+        lax.dynamic_update_slice(stack, part[None], at)
+        for stack, part in zip(kv_cache.leaves(cached.stored), kv_cache.leaves(update), strict=True)
+    ]
+    axis = cached.position + 1
+    like = cached.stored
+    return dataclasses.replace(cached, stored=kv_cache.from_leaves(stored, like, axis, like.dtype))
 
 
 def _moved(move: Move, eqn: Any, values: Sequence[Any], like: QCache, out: int, where: Mapping[int, int]) -> Cached:
@@ -1034,7 +1082,7 @@ def dot_reads(eqn: Any, operand: int, cached: Cached) -> str | None:
 
     Values of codebooks are exact in float32 only.
     """
-    codebook = cached.base.spec.format.kind == "codebook"
+    codebook = cached.stored.spec.format.kind == "codebook"
     return None if codebook else _dot_reads(eqn, operand, cached.position)
 
 

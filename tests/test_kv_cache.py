@@ -286,6 +286,61 @@ def test_a_rolling_window_keeps_its_bits():
     np.testing.assert_array_equal(after.codes[:, -1:], quantize(new, INT4, -1).codes)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "write", [write_slice, write_at, write_cond, write_jit, write_in_scan], ids=lambda write: write.__name__
+)
+def test_scanned_layers_update_a_stacked_cache(write, reverse: bool):
+    cache, new, q, i = normal(7, 3, *CACHE), normal(8, 3, *NEW), normal(9, B, H, D), jnp.int32(2)
+
+    def fn(cache, new, q, i):
+        def layer(q, own):
+            before, new = own
+            after = write(before, new, i)
+            q = attend(q, after, after, i)
+            return q, (after, before.sum())
+
+        q, (cache, sums) = lax.scan(layer, q, (cache, new), reverse=reverse)
+        return q, cache, sums
+
+    _, before, (out, after, sums) = packed_run(fn, INT8, cache, new, q, i)
+    assert isinstance(after, QCache)
+    for got, old, one in zip(*map(jax.tree.leaves, (after, before, quantize(new, INT8, -1))), strict=True):
+        np.testing.assert_array_equal(np.delete(got, 2, axis=2), np.delete(old, 2, axis=2))
+        np.testing.assert_array_equal(got[:, :, 2], one[:, :, 0])
+    np.testing.assert_allclose(sums, value(before).sum((1, 2, 3, 4)), rtol=1e-4)  # of the caches before the update
+    expected = q
+    for layer in range(3)[:: -1 if reverse else 1]:
+        own = value(after)[layer]
+        expected = attended(expected, own, own, i)
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_scanned_layers_exchange_and_share_stacked_caches():
+    """Results that are another operand's caches, and a stack that is read only."""
+    first, second, q, i = normal(7, 3, *CACHE), normal(8, 3, *CACHE), normal(9, B, H, D), jnp.int32(2)
+
+    def fn(both, q, i):
+        def layer(q, own):
+            a, b = own
+            return attend(q, a, b, i), (b, a)
+
+        q, (a, b) = lax.scan(layer, q, (both[:3], both[3:]))
+        q, _ = lax.scan(lambda q, own: (attend(q, own, own, i), None), q, a)
+        return q, jnp.concatenate([a, b])
+
+    plan, _, (out, after) = packed_run(fn, INT8, jnp.concatenate([first, second]), q, i)
+    assert plan["cache"].reason == ""
+    a, b = value(quantize(first, INT8, -1)), value(quantize(second, INT8, -1))
+    expected = q
+    for layer in range(3):
+        expected = attended(expected, a[layer], b[layer], i)
+    for layer in range(3):
+        expected = attended(expected, b[layer], b[layer], i)
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(value(after), np.concatenate([b, a]))
+
+
 def test_layers_without_a_scan_index_a_stacked_cache():
     cache, new, q, i = normal(7, 3, *CACHE), normal(8, 3, *NEW), normal(9, B, H, D), jnp.int32(2)
 

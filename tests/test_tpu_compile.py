@@ -429,6 +429,31 @@ def test_a_decode_step_reads_nothing_but_packed_caches(format: str, chip: str):
     assert [w for w in written(text, packed["keys"].codes.size) if f" s{32 if format == 'int4' else 8}[" not in w] == []
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_scanned_layers_update_and_read_stacked_caches_in_place(format: str):
+    """No cache is copied out of its stack or back into it."""
+    layers, b, t, heads, d = 3, 4, 8192, 8, 128
+    params = {name: Shape((layers, d, n), jnp.bfloat16) for name, n in (("keys", d), ("values", d), ("queries", 4 * d))}
+    floats = {name: Shape((layers, b, t, heads, d), jnp.bfloat16) for name in ("keys", "values")}
+    x, i = Shape((b, 1, heads, d), jnp.bfloat16), Shape((), jnp.int32)
+
+    def scanned(params: Any, cache: Any, x: Any, i: Any) -> Any:
+        def layer(x: Any, own: Any) -> Any:
+            out, cache = decode(*own, x, i)
+            return x + out.sum(2)[:, None], cache
+
+        return jax.lax.scan(layer, x, (params, cache))
+
+    q = qjax.quantize(scanned, [qjax.Rule("**")], kv_cache={"0/**": format})
+    packed = {name: q.plan(params, floats, x, i).caches[f"0/{name}"] for name in floats}
+    packed = jax.eval_shape(lambda: {name: entry.pack(floats[name]) for name, entry in packed.items()})
+    step = jax.jit(q.apply, donate_argnums=1)
+    memory = tpu_compile.compile(step, params, packed, x, i, chip="v6e").memory_analysis()
+    of_a_layer = packed["keys"].nbytes / layers
+    assert memory.alias_size_in_bytes >= sum(cache.nbytes for cache in packed.values())
+    assert memory.temp_size_in_bytes < of_a_layer / 5
+
+
 def test_a_cache_that_is_written_as_floats_is_found():
     """What the tests above look for is there in plain operations on an int8 cache."""
     cache = cache_of("int8", False, "float32", (8, 8192, 8, 128), -1)
