@@ -270,7 +270,8 @@ def default_blocks(
         Blocks, or None if no tile fits into VMEM.
     """
     group, unit = spec.group_size(k), _k_unit(k, spec, order)
-    bm = _round_up(-(-m // -(-m // MOST_M)), 8 if m <= 8 else 16)
+    fewest = SUBLANES if m <= SUBLANES and blocks_tpu.chip() in _DEEP else 16
+    bm = _round_up(-(-m // -(-m // MOST_M)), fewest)
     entry = None if transpose else blocks_tpu.lookup("quantized_matmul", bm, k, spec, order, dtype)
     most_n, most_k = (entry.n, entry.k) if entry else (512, 2048) if bm <= 64 else (1024, 512)
     halvings = sorted(itertools.product(range(6), range(4), range(4)), key=lambda h: (h[0], sum(h), h))
