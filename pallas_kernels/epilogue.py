@@ -72,12 +72,15 @@ class Epilogue:
         first = self.products + self.others
         return self.steps[self.result - first].dtype if self.result >= first else self.dtype
 
-    def __call__(self, products: Sequence[Float[Array, "M N"]], others: Sequence[Array]) -> Float[Array, "M N"]:
-        """The result for a tile, in `out_dtype`.
+    def __call__(
+        self, products: Sequence[Float[Array, "*stack M N"]], others: Sequence[Array]
+    ) -> Float[Array, "*stack M N"]:
+        """The result for a tile, or for all of them, in `out_dtype`.
 
         Args:
             products: float32 sums.
-            others: `(M, N)`, `(1, N)`, `(M, 1)` or `(1, 1)`, float32 or bfloat16.
+            others: `(M, N)`, `(1, N)`, `(M, 1)` or `(1, 1)`, float32 or bfloat16; with a stack in front if the products
+                have one.
         """
         values = [_rounded(a, self.dtype) for a in products] + [a.astype(jnp.float32) for a in others]
         for step in self.steps:

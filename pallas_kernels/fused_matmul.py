@@ -2,9 +2,10 @@
 
 The primitive carries the program that it stands for: `quantized_matmul` and the operations after it, as they were
 traced. That is what it means, what is differentiated (custom rules included) and batched, and what runs on every
-platform but TPU. On TPU one kernel reads x once for both weights and applies the epilogue to its sums
+platform but TPU and NVIDIA GPUs. There one kernel reads x once for both weights and applies the epilogue to its sums
 (`pallas_kernels.epilogue`); on meshes with Explicit axes each device does so with its part. The program runs there
-where a mesh splits K, for Auto axes (see `pallas_kernels.partition`), and for what `matmul_tpu.unsupported` names.
+where a mesh splits K, for Auto axes (see `pallas_kernels.partition`), and for what `matmul_tpu.unsupported` and
+`matmul_gpu.unsupported_fused` name.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import matmul_tpu, partition
+from pallas_kernels import matmul_gpu, matmul_tpu, partition
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.matmul import quantized_matmul
 from pallas_kernels.qtensor import QTensor
@@ -64,7 +65,7 @@ def fused_matmul(
     shapes: Sequence[tuple[Any, ...]],
     program: Callable[[Sequence[Array], Sequence[Array]], Array],
 ) -> Array:
-    """`program([quantized_matmul(x, w) for w in weights], others)`, on TPU in one kernel.
+    """`program([quantized_matmul(x, w) for w in weights], others)`, on TPU and NVIDIA GPUs in one kernel.
 
     Args:
         x, casts, precision, preferred_element_type: as for `quantized_matmul`, for all of the products.
@@ -128,21 +129,39 @@ def _composition(*operands: Array, program: _Program, **params: Any) -> Array:
     return program(*operands)
 
 
-def _tpu(*operands: Array, program: _Program, tree: Any, shapes: Any, **params: Any) -> Array:
-    x, weights, others, layers = jax.tree.unflatten(tree, operands)
+def _takes_tpu(x: Any, weights: Sequence[QTensor], shapes: Any, params: dict[str, Any]) -> bool:
     beside = matmul_tpu.Beside.of(len(weights), shapes)
+    return all(matmul_tpu.unsupported(x, w, params["casts"], params["epilogue"].dtype, beside) is None for w in weights)
+
+
+def _takes_cuda(x: Any, weights: Sequence[QTensor], shapes: Any, params: dict[str, Any]) -> bool:
+    how = params["casts"], params["epilogue"]
+    return matmul_gpu.unsupported_fused(x, weights, *how, precision=params["precision"]) is None
+
+
+def _in_one(
+    takes: Callable[..., bool],
+    kernel: Callable[..., Array],
+    *operands: Array,
+    program: _Program,
+    tree: Any,
+    shapes: Any,
+    **params: Any,
+) -> Array:
+    """The program in one kernel for each device, if that takes it."""
+    x, weights, others, layers = jax.tree.unflatten(tree, operands)
     x_type, types = jax.typeof(x), [jax.tree.map(jax.typeof, w) for w in weights]
-    if any(matmul_tpu.unsupported(x, w, params["casts"], params["epilogue"].dtype, beside) for w in weights):
+    if not takes(x, weights, shapes, params):
         return program(*operands)
     split, *more = (partition.Split.of(x_type, w, indexed=i is not None) for w, i in zip(types, layers, strict=True))
     if split is None:
         others = [a.reshape(shape) for a, shape in zip(others, shapes, strict=True)]
-        return matmul_tpu.fused_matmul(x, weights, others, layers=layers, **params).reshape(program.out.shape)
+        return kernel(x, weights, others, layers=layers, **params).reshape(program.out.shape)
     if split.k or any(other != split for other in more):  # sums that are added up over devices first
         return program(*operands)
     stack = x.shape[:-2]
     shapes = [(*(stack if shape[0] > 1 else (1,) * len(stack)), *shape[1:]) for shape in shapes]
-    kernel = functools.partial(matmul_tpu.fused_matmul, **params)
+    kernel = functools.partial(kernel, **params)
     out = on_each_device(kernel, split, x, weights, list(zip(others, shapes, strict=True)), layers)
     return lax.reshape(out, program.out.shape, out_sharding=program.out.sharding)
 
@@ -155,7 +174,7 @@ def on_each_device(
     others: Sequence[tuple[Array, tuple[int, ...]]],
     layers: Sequence[Any],
 ) -> Array:
-    """`matmul_tpu.fused_matmul`, or what computes the same, on the shards of each device; no sum is split.
+    """`fused_matmul` of a platform's kernel, or what computes the same, on the shards of each device; no sum is split.
 
     Args:
         kernel: what a device runs.
@@ -185,5 +204,10 @@ def on_each_device(
 ad.primitive_jvps[fused_matmul_p] = _jvp
 batching.primitive_batchers[fused_matmul_p] = _batch
 mlir.register_lowering(fused_matmul_p, mlir.lower_fun(_composition, multiple_results=False))
-_rule = partition.lowering(_tpu, plain=_composition)
-mlir.register_lowering(fused_matmul_p, _rule, platform="tpu")
+_KERNELS = {
+    "cuda": functools.partial(_in_one, _takes_cuda, matmul_gpu.fused_matmul),
+    "tpu": functools.partial(_in_one, _takes_tpu, matmul_tpu.fused_matmul),
+}
+for _platform, _kernel in _KERNELS.items():
+    _rule = partition.lowering(_kernel, plain=_composition)
+    mlir.register_lowering(fused_matmul_p, _rule, platform=_platform)

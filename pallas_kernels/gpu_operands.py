@@ -7,13 +7,16 @@ on these chips, has 11.
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
 from jaxtyping import Array, Float
 
+from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.qtensor import QTensor
 
 _HALVES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -30,17 +33,13 @@ _FAST = {
 }
 
 
-def unsupported(
-    x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any, precision: Any, transpose: bool
-) -> str | None:
+def unsupported(x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any, precision: Any) -> str | None:
     """Why no kernel computes this product, or None; x is anything with a shape and a dtype."""
     chain, floats = (w.dtype, *casts), (jnp.dtype(jnp.float32), *_HALVES)
-    if w.spec.format.kind != "int" or w.spec.format.bits not in (4, 8):
-        return "the kernels for GPUs read int4 and int8"
+    if w.spec.format.bits not in (4, 8):
+        return f"the kernels for GPUs read codes of 4 and 8 bits: `qjax.arrange` widens {w.spec.format} to those"
     if w.spec.double_quant:
-        return "the kernels for GPUs do not read scales that are quantized themselves"
-    if transpose:
-        return "the kernels for GPUs contract K"
+        return "the kernels for GPUs do not read scales that are quantized themselves: `qjax.arrange` decodes them"
     if any(dtype not in floats for dtype in (x.dtype, out_dtype, *chain)):
         return "the kernels for GPUs multiply float32, bfloat16 and float16"
     if any(dtype in _HALVES and dtype != operand_dtype(x.dtype, chain) for dtype in chain):
@@ -49,6 +48,24 @@ def unsupported(
         return "the kernels for GPUs multiply float32 about as TF32 does, and a higher precision is asked for"
     if 0 in (*x.shape, *w.words.shape):
         return "empty"
+    return None
+
+
+def unsupported_epilogue(epilogue: Epilogue, missing: Set[Primitive], compiler: str) -> str | None:
+    """Why an epilogue cannot be in a kernel, or None.
+
+    Args:
+        epilogue: what is made of the products.
+        missing: of its operations, those that the compiler of the kernel lacks.
+        compiler: its name.
+    """
+    found = sorted({step.primitive.name for step in epilogue.steps if step.primitive in missing})
+    if found:
+        return f"{compiler} has no {', '.join(found)}"
+    if any(name == "accuracy" and value is not None for step in epilogue.steps for name, value in step.params):
+        return f"{compiler} does not choose the accuracy of a function"
+    if any(name == "y" and value < -1 for step in epilogue.steps for name, value in step.params):
+        return f"{compiler} has no negative powers but the reciprocal"
     return None
 
 
@@ -69,6 +86,21 @@ def split(x: Float[Array, "B M K"], dtype: jnp.dtype) -> Float[Array, "B _ K"]:
 def join(out: Float[Array, "B _ N"], m: int) -> Float[Array, "B {m} N"]:
     """The product with x from the one with `split(x)`."""
     return out if out.shape[1] == m else out[:, :m] + out[:, m:]
+
+
+def finished(
+    results: Sequence[Float[Array, "splits B _ _"]], m: int, epilogue: Epilogue | None, others: Sequence[Array]
+) -> list[Float[Array, "B {m} _"]]:
+    """What a kernel left to do: parts along K are added up, and those of x, and an epilogue that it did not apply.
+
+    Args:
+        results: of a kernel, for each weight or those of its epilogue.
+        m: rows of x before `split`.
+        epilogue: what is made of the products; None if there is none or the kernel applied it.
+        others: what else it reads.
+    """
+    whole = [join(a[0] if a.shape[0] == 1 else a.sum(axis=0), m) for a in results]
+    return [epilogue(whole, others)] if epilogue else whole
 
 
 def _fast(precision: Any) -> bool:

@@ -24,7 +24,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int, Int8
 
-from pallas_kernels import integer_matmul_cpu, integer_matmul_tpu, numerics, packing, partition
+from pallas_kernels import integer_matmul_cpu, integer_matmul_gpu, integer_matmul_tpu, numerics, packing, partition
 from pallas_kernels.exact import finite
 from pallas_kernels.integer_matmul_cpu import rescale
 from pallas_kernels.matmul_reference import pick_layer
@@ -131,6 +131,12 @@ def _tpu(x: Array, scale: Array, zero: Array | None, w: QTensor, **options: Any)
     return integer_matmul_tpu.matmul(x, scale, zero, w, **options)
 
 
+def _cuda(x: Array, scale: Array, zero: Array | None, w: QTensor, *, out_dtype: Any, **options: Any) -> Array:
+    kernel, _ = integer_matmul_gpu.kernel(x, w, out_dtype)
+    matmul = matmul_reference if kernel is None else kernel.matmul
+    return matmul(x, scale, zero, w, out_dtype=out_dtype, **options)
+
+
 def _unflatten(operands: Any, params: dict[str, Any]) -> tuple[Any, Any, Any, QTensor, Any]:
     """x, scale, zero, weight and layer."""
     x, scale, *rest = operands
@@ -197,6 +203,7 @@ def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
 ad.primitive_jvps[integer_matmul_p] = _jvp
 batching.primitive_batchers[integer_matmul_p] = _batch
 # A kernel is a row: what one device runs on that platform.
-for _platform, _kernel in {None: matmul_reference, "cpu": integer_matmul_cpu.matmul, "tpu": _tpu}.items():
+_KERNELS = {None: matmul_reference, "cpu": integer_matmul_cpu.matmul, "cuda": _cuda, "tpu": _tpu}
+for _platform, _kernel in _KERNELS.items():
     _rule = partition.lowering(_with(partition.integer_matmul(_kernel)), plain=_with(partition.plain_integer_matmul))
     mlir.register_lowering(integer_matmul_p, _rule, platform=_platform)

@@ -1,7 +1,8 @@
-"""`quantized_matmul` on NVIDIA GPUs: which kernel a product runs on.
+"""`quantized_matmul` and `fused_matmul` on NVIDIA GPUs: which kernel a product runs on.
 
 `matmul_mosaic_gpu` on Hopper, where the words of a column lie together (order "nk"); `matmul_triton` on Ampere and
-later for everything else that it takes; the reference for the rest. `unsupported` says why.
+later for everything else that it takes; the reference for the rest. `unsupported` says why. Products with an epilogue
+run on the same kernel as those without; what its operations are not made for stays the program that it was.
 
 **Only in `target_chip`.** None of these kernels has run on a GPU yet: they were interpreted on CPU and compiled. So a
 program on a GPU runs the reference, unless it is made in `with target_chip("h100"):` or the like.
@@ -9,14 +10,18 @@ program on a GPU runs the reference, unless it is made in `with target_chip("h10
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import blocks_gpu, matmul_reference
-from pallas_kernels.qtensor import QTensor
+from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.qtensor import QTensor, reorder, widen
 
+AMPERE = 80
 HOPPER = 90  # the only generation that has `wgmma`
 
 
@@ -51,6 +56,71 @@ def unsupported(
     return _choose(x, w, casts, out_dtype, precision, transpose)[1]
 
 
+def fused_matmul(
+    x: Float[Array, "*stack M K"],
+    weights: Sequence[QTensor],
+    others: Sequence[Float[Array, "_ _ _"]],
+    *,
+    layers: Sequence[Int[Array, ""] | int | None],
+    casts: tuple[Any, ...],
+    precision: Any,
+    preferred_element_type: Any,
+    epilogue: Epilogue,
+) -> Float[Array, "*stack M N"]:
+    """The epilogue of the products of x with one or two weights, up to rounding.
+
+    One kernel computes it, or, where none does with the part of the operands that a device has, it follows the products
+    as XLA operations.
+
+    Args:
+        x, casts, precision, preferred_element_type: as for `matmul`.
+        weights: packed alike, so that they differ in values alone.
+        others: what else the epilogue reads, `(stack or 1, M or 1, N or 1)` each, the stack merged.
+        layers: for each weight, as for `matmul`.
+        epilogue: what is made of the products.
+    """
+    how: dict[str, Any] = {"casts": casts, "precision": precision, "preferred_element_type": preferred_element_type}
+    kernel, _ = _choose_fused(x, weights, casts, epilogue, precision)
+    if kernel is not None:
+        return kernel.fused_matmul(x, weights, others, layers=layers, epilogue=epilogue, **how)
+    *stack, m, _ = x.shape
+    products = [matmul(x, w, layer=layer, transpose=False, **how) for w, layer in zip(weights, layers, strict=True)]
+    products = [a.reshape(-1, m, a.shape[-1]).astype(jnp.float32) for a in products]
+    return epilogue(products, others).reshape(*stack, m, -1)
+
+
+def unsupported_fused(
+    x: Any, weights: Sequence[QTensor], casts: tuple[Any, ...], epilogue: Epilogue, *, precision: Any = None
+) -> str | None:
+    """Why no kernel computes products with their epilogue, or None; operands are anything with shapes and dtypes."""
+    kernel, reason = _choose_fused(x, weights, casts, epilogue, precision)
+    return None if kernel else reason
+
+
+def arranged(w: QTensor) -> QTensor:
+    """The same parameter, bit for bit, stored as a kernel for `target_chip` reads it; as it is if none takes it."""
+    chip = blocks_gpu.asked_for()
+    if chip is None or chip.capability < AMPERE:
+        return w
+    from pallas_kernels import matmul_mosaic_gpu, matmul_triton
+
+    x, out_dtype = jax.ShapeDtypeStruct((1, w.layout.k), w.dtype), jnp.dtype(w.dtype)
+    wide = jax.eval_shape(widen, w)
+    columns = jax.eval_shape(lambda w: reorder(w, "nk"), wide)
+    if chip.capability == HOPPER and matmul_mosaic_gpu.unsupported(x, columns, (), out_dtype) is None:
+        return reorder(widen(w), "nk")
+    return w if matmul_triton.unsupported(x, wide, (), out_dtype) else widen(w)
+
+
+def _choose_fused(
+    x: Any, weights: Sequence[QTensor], casts: tuple[Any, ...], epilogue: Epilogue, precision: Any
+) -> tuple[Any, str | None]:
+    """The module of the kernel, or None, and why there is none."""
+    kernel, reason = _choose(x, weights[0], casts, epilogue.dtype, precision, transpose=False)
+    reason = kernel.unsupported_epilogue(epilogue) if kernel else reason
+    return (None, reason) if reason else (kernel, None)
+
+
 def _choose(
     x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any, precision: Any, transpose: bool
 ) -> tuple[Any, str | None]:
@@ -66,7 +136,7 @@ def _choose(
         reason = matmul_mosaic_gpu.unsupported(x, w, casts, out_dtype, **operands)
         if reason is None:
             return matmul_mosaic_gpu, None
-    if chip.capability < 80:
+    if chip.capability < AMPERE:
         return None, "the kernels are for GPUs of compute capability 8.0 and later"
     slower = matmul_triton.unsupported(x, w, casts, out_dtype, **operands)
     if slower is None and not matmul_triton.finds_device():

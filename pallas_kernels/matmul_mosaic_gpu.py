@@ -1,9 +1,13 @@
 """`quantized_matmul` on NVIDIA Hopper: a Mosaic GPU kernel that unpacks words in registers, and multiplies from there.
 
-What is computed is `out.T = w.T @ x.T`, because the left operand of `wgmma` may come from registers: packed int4 or
-int8 go from shared memory to registers, become bfloat16 or float16 there, are scaled there, and are multiplied. So K
-has to lie contiguous in the words: order "nk" (`qtensor.reorder`), made when a model is loaded. No other order is
-taken: to transpose words in every call would cost more than the product.
+What is computed is `out.T = w.T @ x.T`, because the left operand of `wgmma` may come from registers: packed codes of 4
+or 8 bits go from shared memory to registers, become bfloat16 or float16 there, are scaled there, and are multiplied. So
+K has to lie contiguous in the words: order "nk" (`qtensor.reorder`), made when a model is loaded. No other order is
+taken: to transpose words in every call would cost more than the product. Nor is N contracted.
+
+**Formats.** int4, int8, codebooks of 4 bits (NF4, fp4: `tile_mosaic_gpu`) and floats of 8 bits. For 64 x 128 weights in
+groups of 64 a warp has 264 instructions with int4 and 397 with NF4, in groups of 128 it has 288 with fp8 (what jax
+0.10.2 makes, `scripts/gpu_compile.py`). To read as many bfloat16 weights from memory takes an H100 some 1260 clocks.
 
 **Roles.** A block is one warpgroup that starts TMA copies of tiles of x and of words, and up to four that multiply. A
 ring of stages in shared memory lies between them. Those that multiply share a tile along N, and along K
@@ -16,6 +20,16 @@ order each time.
 **Edges.** TMA reads zeros beyond the end of an array and writes nothing there, which is all that M and K need, where
 its own tiles cut them: K and N have to be multiples of 64, and x gets rows up to a multiple of 8. The last tile along N
 is moved back to end with the matrix: some columns are computed twice, to the same bits.
+
+**Epilogues.** Products of one x with two weights that are packed alike, a gate and what it gates, share tiles of x;
+each has sums of its own, so that tiles are half as high. What a program does with the results
+(`pallas_kernels.epilogue`) is done to finished sums in registers, a strip of rows at a time. Vectors that it reads come
+from global memory; arrays of the size of the result (a residual connection) by TMA, two strips ahead, the first ones
+while all is multiplied. Sums that are finished outside of the kernel, those of splits and of float32 in halves, get
+their epilogue there, in the XLA operation that adds them up.
+
+**Joint products.** Several weights of one K and format are multiplied in one launch: tiles along N run over all of
+them. The program of a tile is there once for each weight, so that each address is known.
 
 **Scales.** Those of a group are read from global memory before the wait for the tile that they belong to, and go into
 the weights. One scale for all of K goes into the float32 sums. A scanned stack is not sliced: the index of the layer is
@@ -32,7 +46,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,9 +54,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import primitives as prims
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import blocks_gpu, gpu_operands, matmul_reference
+from pallas_kernels import blocks_gpu, gpu_operands, matmul_reference, tile_mosaic_gpu
+from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.formats import Format
+from pallas_kernels.mosaic_gpu import interpreter, load, registers_for, swizzled
 from pallas_kernels.qtensor import QTensor
 
 ROWS = 64  # columns of the weight that one warpgroup multiplies: the height of `wgmma`
@@ -75,20 +93,22 @@ class Blocks:
         return self.n // ROWS * self.ways
 
 
-# --- Versions of JAX ------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What a tile of the result needs beside one weight.
 
+    Attributes:
+        weights: how many are multiplied with a tile of x.
+        others: of each other operand of the epilogue, whether it has rows, whether it has columns, and its dtype.
+    """
 
-def _load(ref: Any, layout: Any, *, optimized: bool) -> Array:
-    """What memory holds, in registers; if `optimized`, without conflicts of banks, or it is an error."""
-    at = ((),) if jax.__version_info__ < (0, 11) else ()  # an index was required
-    return plgpu.load(ref, *at, layout=layout, optimized=optimized)
+    weights: int = 1
+    others: tuple[tuple[bool, bool, Any], ...] = ()
 
-
-def _interpreter() -> Any:
-    """What makes a kernel run as XLA operations, on any platform."""
-    if jax.__version_info__ < (0, 11):
-        raise NotImplementedError("qjax: jax 0.10 does not interpret this kernel; jax 0.11 and newer do.")
-    return plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
+    @property
+    def tiles(self) -> list[tuple[int, Any]]:
+        """Numbers and dtypes of the operands that have both, which are copied by tiles."""
+        return [(i, dtype) for i, (rows, columns, dtype) in enumerate(self.others) if rows and columns]
 
 
 # --- The product ----------------------------------------------------------------------------------------------------
@@ -128,36 +148,161 @@ def matmul(
             preferred_element_type=preferred_element_type,
             transpose=transpose,
         )
+    (out,) = _multiplied(
+        x,
+        [[w]],
+        [[layer]],
+        [],
+        None,
+        operand=gpu_operands.operand_dtype(x.dtype, chain),
+        out_dtype=out_dtype,
+        blocks=blocks,
+        interpret=interpret,
+    )
+    return out
+
+
+def fused_matmul(
+    x: Float[Array, "*stack M K"],
+    weights: Sequence[QTensor],
+    others: Sequence[Float[Array, "_ _ _"]],
+    *,
+    layers: Sequence[Int[Array, ""] | int | None],
+    casts: tuple[Any, ...],
+    precision: Any,
+    preferred_element_type: Any,
+    epilogue: Epilogue,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> Float[Array, "*stack M N"]:
+    """The epilogue of the products of x with one or two weights, in one kernel; see "Epilogues" above.
+
+    Args:
+        x, casts, precision, preferred_element_type, blocks, interpret: as for `matmul`.
+        weights: packed alike, so that they differ in values alone; none that is `unsupported`.
+        others: what else the epilogue reads, `(stack or 1, M or 1, N or 1)` each, the stack merged.
+        layers: for each weight, as for `matmul`.
+        epilogue: what is made of the products, none that is `unsupported_epilogue`.
+
+    Raises:
+        ValueError: `blocks` does not fit the operands, or not into shared memory.
+    """
+    operand = gpu_operands.operand_dtype(x.dtype, (weights[0].dtype, *casts))
+    (out,) = _multiplied(
+        x,
+        [weights],
+        [layers],
+        others,
+        epilogue,
+        operand=operand,
+        out_dtype=epilogue.out_dtype,
+        blocks=blocks,
+        interpret=interpret,
+    )
+    return out
+
+
+def joint_matmul(
+    x: Float[Array, "*stack M K"],
+    weights: Sequence[QTensor],
+    *,
+    layers: Sequence[Int[Array, ""] | int | None],
+    casts: tuple[Any, ...],
+    precision: Any,
+    preferred_element_type: Any,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> list[Float[Array, "*stack M _"]]:
+    """The products of x with several weights, in one kernel: queries, keys and values, say.
+
+    Few columns give few tiles, and each launch waits for the last of them; tiles of all weights share one launch.
+
+    Args:
+        x, casts, precision, preferred_element_type, blocks, interpret: as for `matmul`.
+        weights: of one K, format, group and dtype, of any N; none that is `unsupported`.
+        layers: for each weight, as for `matmul`.
+
+    Raises:
+        ValueError: `blocks` does not fit the operands, or not into shared memory.
+    """
+    chain = (weights[0].dtype, *casts)
+    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, chain[-1]))
+    return _multiplied(
+        x, [[w] for w in weights], [[layer] for layer in layers], [], None,
+        operand=gpu_operands.operand_dtype(x.dtype, chain), out_dtype=out_dtype, blocks=blocks, interpret=interpret,
+    )  # fmt: skip
+
+
+def _multiplied(
+    x: Float[Array, "*stack M K"],
+    panels: Sequence[Sequence[QTensor]],
+    layers: Sequence[Sequence[Int[Array, ""] | int | None]],
+    others: Sequence[Float[Array, "_ _ _"]],
+    epilogue: Epilogue | None,
+    *,
+    operand: jnp.dtype,
+    out_dtype: jnp.dtype,
+    blocks: Blocks | None,
+    interpret: bool,
+) -> list[Float[Array, "*stack M _"]]:
+    """A result for each panel: the product with its only weight, or the epilogue of those with all of its weights.
+
+    Args:
+        x, others, epilogue, blocks, interpret: as for `fused_matmul`.
+        panels: weights whose products lie side by side in the grid; those of one panel share tiles.
+        layers: as for `fused_matmul`, for each weight.
+        operand: of the dot.
+        out_dtype: of the results.
+    """
     *stack, m, k = x.shape
-    n, bits = w.layout.n, w.spec.format.bits
-    x = gpu_operands.split(x.reshape(-1, m, k), gpu_operands.operand_dtype(x.dtype, chain))
+    w, count, widths = panels[0][0], len(panels[0]), tuple(panel[0].layout.n for panel in panels)
+    bits = w.spec.format.bits
+    x = gpu_operands.split(x.reshape(-1, m, k), operand)
     rows = x.shape[1]
-    if rows > _TILE_ROWS:
-        x = jnp.pad(x, ((0, 0), (0, -rows % _TILE_ROWS), (0, 0)))
-    if blocks is None and (entry := blocks_gpu.lookup(rows, k, n, w.spec, x.dtype)):
-        blocks = Blocks(**entry)
-    blocks = blocks or default_blocks(rows, k, n, bits, batch=x.shape[0], out_dtype=out_dtype)
-    kept = jnp.dtype(jnp.float32) if rows > m or blocks.splits > 1 else out_dtype
-    _check(blocks, n, bits, kept)
-    words = w.words
-    if bits == 4:
-        words = lax.bitcast_convert_type(words, jnp.int4)  # (..., N, K / 8, 8), which moves nothing
-    words = words.reshape(-1, n, k)
-    scales, zeros = (None if a is None else a.reshape(-1, *a.shape[-2:]) for a in (w.scales.values, w.scales.zero))
-    assert scales is not None
-    product = _Product(x.shape[1], k, n, bits, w.group_size, x.dtype, kept, blocks)
-    index = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), 1)
-    out = _call(product, index, x, words, scales, zeros, interpret)
-    out = (out[0] if blocks.splits == 1 else out.sum(axis=0))[:, :rows]
-    return gpu_operands.join(out, m).reshape(*stack, m, n).astype(out_dtype)
+    x = _whole_tiles(x)
+    if blocks is None and widths == (w.layout.n,) and count == 1:
+        entry = blocks_gpu.lookup(rows, k, w.layout.n, w.spec, x.dtype)
+        blocks = Blocks(**entry) if entry else None
+    beside = Beside(count, tuple((a.shape[-2] > 1, a.shape[-1] > 1, a.dtype) for a in others))
+    how: dict[str, Any] = {"kind": w.spec.format.kind, "out_dtype": out_dtype, "narrowest": min(widths)}
+    blocks = blocks or default_blocks(rows, k, sum(widths), bits, batch=x.shape[0], beside=beside, **how)
+    finished = rows == m and blocks.splits == 1  # sums are whole in the kernel
+    inside = epilogue if finished else None
+    kept = out_dtype if finished else jnp.dtype(jnp.float32)
+    beside = beside if finished else Beside(count)
+    _check(blocks, min(widths), bits, kept, beside)
+    product = _Product(x.shape[1], k, widths, w.spec.format, w.group_size, operand, kept, blocks, beside, inside)
+    packed = [
+        [_Packed.of(w, layer) for w, layer in zip(*each, strict=True)] for each in zip(panels, layers, strict=True)
+    ]
+    results = _call(product, x, packed, [_beside(a, product) for a in others] if inside else [], interpret)
+    results = gpu_operands.finished([a[:, :, :rows] for a in results], m, None if inside else epilogue, others)
+    return [a.reshape(*stack, m, a.shape[-1]).astype(out_dtype) for a in results]
+
+
+def _whole_tiles(a: Array) -> Array:
+    """The array with rows that tiles of TMA cut without a rest."""
+    rows = a.shape[-2]
+    return a if rows <= _TILE_ROWS else jnp.pad(a, ((0, 0), (0, -rows % _TILE_ROWS), (0, 0)))
+
+
+def _beside(a: Float[Array, "_ _ _"], product: _Product) -> Array:
+    """Another operand of the epilogue as the kernel reads it: vectors without their axis of 1."""
+    if a.shape[-2] > 1 and a.shape[-1] > 1:
+        return _whole_tiles(a)
+    if a.shape[-2] > 1:  # the last tile has no edge that is checked
+        return jnp.pad(a[..., 0], ((0, 0), (0, -a.shape[-2] % product.blocks.m)))
+    return a[..., 0, :]
 
 
 def unsupported(
     x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any, *, precision: Any = None, transpose: bool = False
 ) -> str | None:
     """Why this kernel does not compute a product, or None; x is anything with a shape and a dtype."""
-    if reason := gpu_operands.unsupported(x, w, casts, out_dtype, precision, transpose):
+    if reason := gpu_operands.unsupported(x, w, casts, out_dtype, precision):
         return reason
+    if transpose:
+        return "this kernel contracts K"
     if w.order != "nk":
         return 'the words of a column do not lie together: `reorder(w, "nk")` once, when the model is loaded'
     if w.layout.n % ROWS or w.layout.k % _CHUNKS[0]:
@@ -165,6 +310,14 @@ def unsupported(
     if w.group_size != w.layout.k and w.group_size % _CHUNKS[-1]:
         return f"the size of a group must be a multiple of {_CHUNKS[-1]}"
     return None
+
+
+_MISSING = {prims.sqrt_p, prims.log1p_p}  # of the operations of an epilogue, those that Mosaic GPU of jax 0.10 lacks
+
+
+def unsupported_epilogue(epilogue: Epilogue) -> str | None:
+    """Why the kernel does not apply an epilogue, or None."""
+    return gpu_operands.unsupported_epilogue(epilogue, _MISSING, "Mosaic GPU")
 
 
 # --- Tiles ----------------------------------------------------------------------------------------------------------
@@ -179,18 +332,30 @@ _SHAPES = ((2, 1), (4, 1), (2, 2), (1, 4), (1, 2), (1, 1))  # warpgroups along N
 # NVIDIA H100 SXM, in clocks of 1.75 GHz: bytes that a multiprocessor gets of 3.35 TB/s, of which copies reach nine
 # tenths, and of about twice that from the cache.
 _MEMORY, _CACHE = 13.0, 26.0
-_UNPACK = 240  # instructions of a warp for 64 x 128 weights: counted in the machine code
+# Instructions of a warp for 64 x 128 weights, by kind of format: counted in the machine code.
+_UNPACK = {"int": 240, "codebook": 370, "float": 260}
 # Guesses: clocks to fill the ring and to write a tile; clocks of the kernel that adds up splits; how much of what runs
 # beside the slowest part of a step it delays.
 _TILE, _LAUNCH, _DELAY = 2000, 3500, 0.25
 
 
-def default_blocks(m: int, k: int, n: int, bits: int, *, batch: int = 1, out_dtype: Any = jnp.float32) -> Blocks:
+def default_blocks(m: int, k: int, n: int, bits: int, **options: Any) -> Blocks:
     """The first of `ranked`, arguments as for it."""
-    return ranked(m, k, n, bits, batch=batch, out_dtype=out_dtype)[0]
+    return ranked(m, k, n, bits, **options)[0]
 
 
-def ranked(m: int, k: int, n: int, bits: int, *, batch: int = 1, out_dtype: Any = jnp.float32) -> list[Blocks]:
+def ranked(
+    m: int,
+    k: int,
+    n: int,
+    bits: int,
+    *,
+    batch: int = 1,
+    kind: str = "int",
+    out_dtype: Any = jnp.float32,
+    narrowest: int | None = None,
+    beside: Beside = Beside(),
+) -> list[Blocks]:
     """Tiles in the order of the clocks that a product should take, by a count of what each multiprocessor has to do.
 
     A step takes about as long as the slowest of its product, its instructions, its words from memory and its tiles from
@@ -201,38 +366,46 @@ def ranked(m: int, k: int, n: int, bits: int, *, batch: int = 1, out_dtype: Any 
         k, n: sizes of the weight's matrix; `n` at least 64.
         bits: of a code.
         batch: products of this size.
+        kind: of the format.
         out_dtype: of the result.
+        narrowest: columns of the narrowest of the weights that have n columns together, if there are several.
+        beside: what else is in the kernel.
     """
     processors = _processors()
 
     def clocks(blocks: Blocks) -> float:
         tiles = batch * _ceil(m, blocks.m) * _ceil(n, blocks.n) * blocks.splits
         waves, steps = _ceil(tiles, processors), _ceil(_ceil(k, blocks.k), blocks.splits)
-        weights = blocks.n / ROWS * blocks.k / _PART  # tiles of 64 x 128 of them
-        words = blocks.n * blocks.k * bits / 8
+        weights = beside.weights * blocks.n / ROWS * blocks.k / _PART  # tiles of 64 x 128 of them
+        words = beside.weights * blocks.n * blocks.k * bits / 8
         parts = (
             weights * 4 * blocks.m,  # a product of 64 x 128 with 8 rows takes 32 clocks
-            weights * _UNPACK * max(1.0, 4 / blocks.warpgroups),  # with fewer warps, nothing runs while one waits
+            weights * _UNPACK[kind] * max(1.0, 4 / blocks.warpgroups),  # with fewer warps, nothing runs while one waits
             words / _MEMORY * min(1.0, tiles / processors),
             (words + min(m, blocks.m) * blocks.k * 2) / _CACHE,
         )
         step = (1 - _DELAY) * max(parts) + _DELAY * sum(parts)
-        sums = 2 * 4 * blocks.splits * batch * m * n / (_MEMORY * processors)
+        sums = 2 * 4 * blocks.splits * beside.weights * batch * m * n / (_MEMORY * processors)
         return waves * (steps * step + _TILE) + (_LAUNCH + sums if blocks.splits > 1 else 0)
 
-    return sorted(candidates(m, k, n, bits, out_dtype=out_dtype), key=clocks)
+    found = candidates(m, k, n if narrowest is None else narrowest, bits, out_dtype=out_dtype, beside=beside)
+    return sorted(found, key=clocks)
 
 
-def candidates(m: int, k: int, n: int, bits: int, *, out_dtype: Any = jnp.float32) -> list[Blocks]:
+def candidates(
+    m: int, k: int, n: int, bits: int, *, out_dtype: Any = jnp.float32, beside: Beside = Beside()
+) -> list[Blocks]:
     """Tiles that fit the operands, registers and shared memory; arguments as for `ranked`."""
     heights = [_ceil(m, 8) * 8] if m <= _HEIGHTS[0] else [b for b in _HEIGHTS if b < m + _HEIGHTS[0]]
     found = []
-    for height, (columns, ways), parts in itertools.product(heights, _SHAPES, (1, 2)):
+    # Scales of a part of each weight are in registers.
+    for height, (columns, ways), parts in itertools.product(heights, _SHAPES, (1, 2)[: 3 - beside.weights]):
         part = parts * _PART
         blocks = Blocks(m=height, n=ROWS * columns, k=ways * part, ways=ways, stages=2, splits=1)
-        if blocks.n > n or (blocks.k > k and blocks.k > _PART) or height > _tallest(blocks):
+        if blocks.n > n or (blocks.k > k and blocks.k > _PART) or height > _tallest(blocks, beside):
             continue
-        stages = min(8, (_SMEM - _smem(blocks, bits, out_dtype, 0)) // _smem(blocks, bits, None, 1))
+        left = _SMEM - _smem(blocks, bits, out_dtype, 0, beside)
+        stages = min(8, left // _smem(blocks, bits, None, 1, beside))
         if stages >= 2:
             most = min(16, _ceil(k, blocks.k) // stages) if m <= 256 else 1
             found += [
@@ -241,18 +414,19 @@ def candidates(m: int, k: int, n: int, bits: int, *, out_dtype: Any = jnp.float3
     return found
 
 
-def _smem(blocks: Blocks, bits: int, out_dtype: Any, stages: int) -> int:
+def _smem(blocks: Blocks, bits: int, out_dtype: Any, stages: int, beside: Beside) -> int:
     """Bytes of shared memory of so many stages, and of the result unless its type is None."""
-    rings = stages * blocks.k * (blocks.m * 2 + blocks.n * bits // 8)
+    rings = stages * blocks.k * (blocks.m * 2 + beside.weights * blocks.n * bits // 8)
     if out_dtype is None:
         return rings
-    parts = (blocks.ways - 1) * blocks.n * blocks.m * 4
-    return rings + parts + blocks.n * _strip(blocks.m) * jnp.dtype(out_dtype).itemsize
+    parts = (blocks.ways - 1) * beside.weights * blocks.n * blocks.m * 4
+    strips = jnp.dtype(out_dtype).itemsize + _buffers(blocks.m) * sum(dtype.itemsize for _, dtype in beside.tiles)
+    return rings + parts + blocks.n * _strip(blocks.m) * strips
 
 
-def _tallest(blocks: Blocks) -> int:
+def _tallest(blocks: Blocks, beside: Beside) -> int:
     """The most rows of x whose sums fit into the registers of so many warpgroups."""
-    return 256 if blocks.warpgroups <= 2 else 64
+    return (256 if blocks.warpgroups <= 2 else 64) // beside.weights
 
 
 def _strip(m: int) -> int:
@@ -260,18 +434,24 @@ def _strip(m: int) -> int:
     return next(rows for rows in (32, 24, 16, 8) if m % rows == 0)
 
 
-def _check(blocks: Blocks, n: int, bits: int, out_dtype: Any) -> None:
+def _buffers(m: int) -> int:
+    """Strips of another operand of the epilogue that are in shared memory."""
+    return min(2, m // _strip(m))
+
+
+def _check(blocks: Blocks, n: int, bits: int, out_dtype: Any, beside: Beside = Beside()) -> None:
+    tallest = _tallest(blocks, beside)
     if not (
-        blocks.m in range(8, _tallest(blocks) + 1, 8)
+        blocks.m in range(8, tallest + 1, 8)
         and blocks.n in range(ROWS, min(n, 256) + 1, ROWS)
         and blocks.k % (_PART * blocks.ways) == 0
         and blocks.stages >= 2
     ):
         raise ValueError(
-            f"qjax: {blocks} for a packed matrix with N={n}: m must be a multiple of 8 and at most {_tallest(blocks)}, "
+            f"qjax: {blocks} for a packed matrix with N={n}: m must be a multiple of 8 and at most {tallest}, "
             f"n a multiple of {ROWS} and at most 256 and N, k a multiple of {_PART} * ways, stages at least 2."
         )
-    needed = _smem(blocks, bits, out_dtype, blocks.stages)
+    needed = _smem(blocks, bits, out_dtype, blocks.stages, beside)
     if needed > _SMEM:
         raise ValueError(
             f"qjax: {blocks} take {needed} bytes of shared memory, of which there are {_SMEM}: use fewer stages or "
@@ -293,16 +473,32 @@ def _ceil(size: int, tile: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """What the kernel has to know beside its operands: sizes, and dtypes of operands of the dot and of the result."""
+    """What the kernel has to know beside its operands.
+
+    Attributes:
+        m, k: rows of x, and what is contracted.
+        widths: columns of the weights of each panel.
+        format, group: of the weights.
+        dtype, out_dtype: of the operands of the dot, and of what is written.
+        blocks, beside: how it is cut, and what is in it.
+        epilogue: what is made of the sums in the kernel, if not the result itself.
+    """
 
     m: int
     k: int
-    n: int
-    bits: int
+    widths: tuple[int, ...]
+    format: Format
     group: int
     dtype: Any
     out_dtype: jnp.dtype
     blocks: Blocks
+    beside: Beside
+    epilogue: Epilogue | None
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.format.bits
 
     @property
     def whole(self) -> bool:
@@ -325,9 +521,44 @@ class _Product:
         return _ceil(_ceil(self.k, self.blocks.k), self.blocks.splits)
 
     @property
+    def bounds(self) -> list[int]:
+        """The first tile along N of each panel, and the end of the last one."""
+        return [0, *itertools.accumulate(_ceil(width, self.blocks.n) for width in self.widths)]
+
+    @property
     def grid(self) -> tuple[int, int]:
-        """Tiles of the result along M and N."""
-        return _ceil(self.m, self.blocks.m), _ceil(self.n, self.blocks.n)
+        """Tiles of the results along M and N."""
+        return _ceil(self.m, self.blocks.m), self.bounds[-1]
+
+    @property
+    def results(self) -> int:
+        """Arrays that are written for each panel."""
+        return 1 if self.epilogue else self.beside.weights
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """The arrays of a weight as the kernel reads them, `(layers * stack, N, _)`, and the index of the layer."""
+
+    layer: Int[Array, " 1"]
+    words: Int[Array, "LB N K"]
+    scales: Float[Array, "LB _ _"]
+    zeros: Int[Array, "LB _ _"] | None
+
+    @staticmethod
+    def of(w: QTensor, layer: Int[Array, ""] | int | None) -> _Packed:
+        words = w.words
+        if w.spec.format.bits == 4:
+            words = lax.bitcast_convert_type(words, jnp.int4)  # (..., N, K / 8, 8), which moves nothing
+        scales, zeros = (None if a is None else a.reshape(-1, *a.shape[-2:]) for a in (w.scales.values, w.scales.zero))
+        assert scales is not None
+        index = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), 1)
+        return _Packed(index, words.reshape(-1, w.layout.n, w.layout.k), scales, zeros)
+
+    @property
+    def arrays(self) -> list[Array]:
+        """Words, scales, and zero points if there are any."""
+        return [self.words, self.scales, *([] if self.zeros is None else [self.zeros])]
 
 
 _BAND = 4  # tiles along M that follow each other before the next one along N: so many share words in the cache
@@ -335,42 +566,62 @@ _BAND = 4  # tiles along M that follow each other before the next one along N: s
 
 def _call(
     product: _Product,
-    layer: Int[Array, " 1"],
     x: Float[Array, "B M K"],
-    words: Int[Array, "LB N K"],
-    scales: Float[Array, "LB _ _"],
-    zeros: Int[Array, "LB _ _"] | None,
+    panels: Sequence[Sequence[_Packed]],
+    others: Sequence[Array],
     interpret: bool,
-) -> Float[Array, "splits B M N"]:
-    """The product with each matrix of one layer of the stack, in parts along K."""
+) -> list[Float[Array, "splits B M _"]]:
+    """What is made of the products with each matrix of one layer of the stack, in parts along K.
+
+    Args:
+        product: what is computed.
+        x, panels: operands.
+        others: what else the epilogue reads, `(B or 1, M, N)`, `(B or 1, M)`, `(B or 1, N)` or `(B or 1, 1)` each.
+        interpret: as for `matmul`.
+    """
     blocks, dtype, stack = product.blocks, product.dtype, x.shape[0]
-    columns, strip = blocks.n // ROWS, _strip(blocks.m)
+    columns, strip, weights = blocks.n // ROWS, _strip(blocks.m), product.beside.weights
     units = stack * math.prod(product.grid) * blocks.splits
     scratch = {
-        "x_ring": plgpu.SMEM((blocks.stages, blocks.m, blocks.k), dtype, transforms=_swizzled(16, product.chunk)),
+        "x_ring": plgpu.SMEM((blocks.stages, blocks.m, blocks.k), dtype, transforms=swizzled(16, product.chunk)),
         "w_ring": plgpu.SMEM(
-            (blocks.stages, blocks.n, blocks.k),
-            words.dtype,
-            transforms=_swizzled(product.bits, math.gcd(product.part, product.k)),
+            (blocks.stages, weights, blocks.n, blocks.k),
+            panels[0][0].words.dtype,
+            transforms=swizzled(product.bits, math.gcd(product.part, product.k)),
         ),
         "out_tile": plgpu.SMEM(
-            (columns, strip, ROWS), product.out_dtype, transforms=_swizzled(8 * product.out_dtype.itemsize, ROWS)
+            (columns, strip, ROWS),
+            product.out_dtype,
+            transforms=swizzled(8 * product.out_dtype.itemsize, ROWS),
         ),
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=blocks.stages),
+        "full": plgpu.Barrier(num_arrivals=1 + weights, num_barriers=blocks.stages),
         "empty": plgpu.Barrier(num_arrivals=blocks.warpgroups, num_barriers=blocks.stages),
     }
     if blocks.ways > 1:
-        shape, transforms = (blocks.ways - 1, columns, ROWS, blocks.m), _swizzled(32, math.gcd(blocks.m, 32))
+        shape, transforms = (
+            (blocks.ways - 1, weights, columns, ROWS, blocks.m),
+            swizzled(32, math.gcd(blocks.m, 32)),
+        )
         scratch["parts"] = plgpu.SMEM(shape, jnp.float32, transforms=transforms)
         scratch["parts_full"] = plgpu.Barrier(num_arrivals=blocks.ways - 1, num_barriers=columns)
         scratch["parts_empty"] = plgpu.Barrier(num_arrivals=1, num_barriers=columns)
+    if product.beside.tiles:
+        buffers = _buffers(blocks.m)
+        for i, own in product.beside.tiles:
+            shape, transforms = (columns, buffers, strip, ROWS), swizzled(8 * own.itemsize, ROWS)
+            scratch[f"other_{i}"] = plgpu.SMEM(shape, own, transforms=transforms)
+        scratch["others_full"] = plgpu.Barrier(num_arrivals=len(product.beside.tiles), num_barriers=columns * buffers)
     if interpret:  # an interpreted `wgmma` has no operand in registers
         shape = (blocks.warpgroups, ROWS, product.chunk)
-        scratch["unpacked"] = plgpu.SMEM(shape, dtype, transforms=_swizzled(16, product.chunk))
-    operands = [layer, x, words, scales, *([] if zeros is None else [zeros])]
+        scratch["unpacked"] = plgpu.SMEM(shape, dtype, transforms=swizzled(16, product.chunk))
+    packed = list(itertools.chain(*panels))
     run = plgpu.kernel(
-        functools.partial(_kernel, product, units, stack, zeros is not None),
-        out_type=jax.ShapeDtypeStruct((blocks.splits, stack, product.m, product.n), product.out_dtype),
+        functools.partial(_kernel, product, units, stack, packed[0].zeros is not None),
+        out_type=[
+            jax.ShapeDtypeStruct((blocks.splits, stack, product.m, width), product.out_dtype)
+            for width in product.widths
+            for _ in range(product.results)
+        ],
         grid=(min(units, _processors()),),
         grid_names=("block",),
         num_threads=blocks.warpgroups + 1,
@@ -380,24 +631,31 @@ def _call(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # what is shared has barriers of its own
         ),
-        interpret=_interpreter() if interpret else None,
-        kernel_name="quantized_matmul",
+        interpret=interpreter() if interpret else None,
+        kernel_name="fused_matmul" if product.epilogue else "joint_matmul" if len(panels) > 1 else "quantized_matmul",
     )
-    return run(*operands)
+    layers = jnp.concatenate([w.layer for w in packed])
+    return list(run(layers, x, *itertools.chain(*(w.arrays for w in packed)), *others))
 
 
-def _swizzled(bits: int, width: int) -> tuple[Any, ...]:
-    """How an array lies in shared memory whose rows are cut and read in multiples of `width` values."""
-    swizzle = min(128, width * bits // 8)
-    return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """A weight in global memory: references to its arrays, and the index of the first matrix of its layer."""
+
+    words: Any
+    scales: Any
+    zeros: Any
+    first: Any
 
 
-def _registers(warpgroups: int) -> tuple[int, int] | None:
-    """Registers of a thread that copies and of one that multiplies; None if each may have as many as there are."""
-    if warpgroups == 1:
-        return None
-    copies, launched = 40, 65536 // (128 * (warpgroups + 1)) // 8 * 8
-    return copies, (launched * (warpgroups + 1) - copies) // warpgroups // 8 * 8
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """Where a tile of a result lies: index in the stack, index of the split; row and column."""
+
+    matrix: Any
+    split: Any
+    m: Any
+    n: Any
 
 
 def _kernel(
@@ -407,36 +665,50 @@ def _kernel(
 
     Args:
         product: what is computed.
-        units: tiles of the result, times splits.
+        units: tiles of the results, times splits.
         stack: matrices of a layer.
         has_zeros: whether weights have zero points.
-        layer_ref: index of the layer.
-        refs: x, words, scales, zero points, the result, in global memory.
+        layer_ref: index of the layer of each weight.
+        refs: x; words, scales, zero points of each weight; other operands; the results: in global memory.
         scratch: shared memory and barriers.
     """
-    blocks, columns = product.blocks, product.blocks.n // ROWS
-    x_ref, w_ref, *small_refs, out_ref = refs
-    warpgroup, registers = lax.axis_index("warpgroup"), _registers(blocks.warpgroups)
-    layers = w_ref.shape[0] // stack
-    layer = layer_ref[0]
-    layer = jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)  # as lax.dynamic_index_in_dim
+    blocks, columns, count = product.blocks, product.blocks.n // ROWS, product.beside.weights
+    rest = iter(refs)
+    (x_ref,) = itertools.islice(rest, 1)
 
-    def each_tile(body: Callable[[_Tile, Array], Array]) -> Array:
-        """Calls `body` with each tile of this block and the stage of the ring that is next, which both return."""
+    def weight(i: int) -> _Weight:
+        words, scales, *zeros = itertools.islice(rest, 2 + has_zeros)
+        layers, layer = words.shape[0] // stack, layer_ref[i]
+        # as lax.dynamic_index_in_dim
+        layer = jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)
+        return _Weight(words, scales, zeros[0] if zeros else None, layer * stack)
+
+    panels = [[weight(panel * count + i) for i in range(count)] for panel in range(len(product.widths))]
+    others = list(itertools.islice(rest, len(product.beside.others)))
+    results = [list(itertools.islice(rest, product.results)) for _ in panels]
+    warpgroup, registers = lax.axis_index("warpgroup"), registers_for(blocks.warpgroups)
+
+    def each_tile(body: Callable[[int, _Tile, Array], None]) -> Array:
+        """Calls `body` with each tile of this block, its panel, and the next stage of the ring, which it returns."""
 
         def with_tile(info: Any, carry: Array) -> Array:
             (unit,) = info.index
             grid, unit = product.grid, jnp.asarray(unit, jnp.int32)
             i, j = plgpu.planar_snake(lax.rem(unit, math.prod(grid)), grid, 0, min(_BAND, grid[0]))
             unit = lax.div(unit, math.prod(grid))
-            tile = _Tile(
-                x=lax.rem(unit, stack),
-                w=layer * stack + lax.rem(unit, stack),
-                split=lax.div(unit, stack),
-                m=i * blocks.m,
-                n=jnp.minimum(j * blocks.n, product.n - blocks.n),
-            )
-            return body(tile, carry)
+            for panel, (first, end) in enumerate(itertools.pairwise(product.bounds)):
+                tile = _Tile(
+                    matrix=lax.rem(unit, stack),
+                    split=lax.div(unit, stack),
+                    m=i * blocks.m,
+                    n=jnp.minimum((j - first) * blocks.n, product.widths[panel] - blocks.n),
+                )
+                here = functools.partial(body, panel, tile, carry)
+                if len(panels) == 1:
+                    here()
+                else:
+                    pl.when((first <= j) & (j < end))(here)
+            return lax.rem(carry + product.steps, blocks.stages)
 
         return plgpu.nd_loop((units,), collective_axes="block", init_carry=jnp.int32(0))(with_tile)
 
@@ -444,7 +716,7 @@ def _kernel(
     def _copy() -> None:
         if registers:
             plgpu.set_max_registers(registers[0], action="decrease")
-        stage = each_tile(functools.partial(_copy_tiles, product, x_ref, w_ref, **scratch))
+        stage = each_tile(lambda panel, tile, stage: _copy_tiles(product, x_ref, panels[panel], tile, stage, **scratch))
         for _ in range(blocks.stages - 1):  # until all has been multiplied
             plgpu.barrier_wait(scratch["empty"].at[stage])
             stage = _next(stage, product)
@@ -461,8 +733,11 @@ def _kernel(
             def _free() -> None:
                 plgpu.barrier_arrive(scratch["parts_empty"].at[warpgroup])
 
-        scales, zeros = small_refs if has_zeros else (small_refs[0], None)
-        each_tile(functools.partial(_multiply_tiles, product, scales, zeros, out_ref, **scratch))
+        each_tile(
+            lambda panel, tile, stage: _multiply_tiles(
+                product, panels[panel], others, results[panel], tile, stage, **scratch
+            )
+        )
         plgpu.wait_smem_to_gmem(0)
         if blocks.ways > 1:
 
@@ -471,114 +746,208 @@ def _kernel(
                 plgpu.barrier_wait(scratch["parts_empty"].at[lax.rem(warpgroup, columns)])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tile:
-    """Where a tile of the result lies: indices of x and of the weight in their stacks, of the split; row and column."""
-
-    x: Any
-    w: Any
-    split: Any
-    m: Any
-    n: Any
-
-
 def _next(stage: Array, product: _Product) -> Array:
     return jnp.where(stage == product.blocks.stages - 1, 0, stage + 1)
 
 
-def _copy_tiles(product: _Product, x_ref: Any, w_ref: Any, tile: _Tile, stage: Array, **scratch: Any) -> Array:
-    """Starts the copies of all steps of a tile of the result."""
+def _copy_tiles(
+    product: _Product, x_ref: Any, weights: Sequence[_Weight], tile: _Tile, stage: Array, **scratch: Any
+) -> None:
+    """Starts the copies of all steps of a tile of a result."""
     blocks, full = product.blocks, scratch["full"]
 
     def step(i: Any, stage: Array) -> Array:
         plgpu.barrier_wait(scratch["empty"].at[stage])
         ks = pl.ds((tile.split * product.steps + i) * blocks.k, blocks.k)
+        for number, w in enumerate(weights):
+            plgpu.copy_gmem_to_smem(
+                w.words.at[w.first + tile.matrix, pl.ds(tile.n, blocks.n), ks],
+                scratch["w_ring"].at[stage, number],
+                full.at[stage],
+            )
         plgpu.copy_gmem_to_smem(
-            w_ref.at[tile.w, pl.ds(tile.n, blocks.n), ks], scratch["w_ring"].at[stage], full.at[stage]
-        )
-        plgpu.copy_gmem_to_smem(
-            x_ref.at[tile.x, pl.ds(tile.m, blocks.m), ks], scratch["x_ring"].at[stage], full.at[stage]
+            x_ref.at[tile.matrix, pl.ds(tile.m, blocks.m), ks], scratch["x_ring"].at[stage], full.at[stage]
         )
         return _next(stage, product)
 
-    return lax.fori_loop(0, product.steps, step, stage)
+    lax.fori_loop(0, product.steps, step, stage)
 
 
 def _multiply_tiles(
-    product: _Product, scales: Any, zeros: Any, out_ref: Any, tile: _Tile, stage: Array, **scratch: Any
-) -> Array:
-    """A tile of the result: sums over all steps, over the warpgroups that share them, and out."""
+    product: _Product,
+    weights: Sequence[_Weight],
+    others: Sequence[Any],
+    results: Sequence[Any],
+    tile: _Tile,
+    stage: Array,
+    **scratch: Any,
+) -> None:
+    """A tile of a result: sums over all steps, over the warpgroups that share them, what is made of them, and out.
+
+    Args:
+        product: what is computed.
+        weights: those of the panel.
+        others: other operands of the epilogue.
+        results: what is written, one for each weight or that of the epilogue.
+        tile: where it lies.
+        stage: the next one of the ring.
+        scratch: shared memory and barriers.
+    """
     blocks = product.blocks
     columns = blocks.n // ROWS
     warpgroup = lax.axis_index("warpgroup")
     column, way = (warpgroup, 0) if blocks.ways == 1 else (lax.rem(warpgroup, columns), lax.div(warpgroup, columns))
     rows = pl.ds(tile.n + column * ROWS, ROWS)
 
-    def small(ref: Any, k: Any) -> Array:
+    def small(w: _Weight, ref: Any, k: Any) -> Array:
         """Scales or zero points of the group that k belongs to, by column."""
+        at = w.first + tile.matrix
         if ref.shape[-2] == 1:  # one for the whole matrix
-            return jnp.broadcast_to(ref[tile.w, 0, 0], (ROWS,))
+            return jnp.broadcast_to(ref[at, 0, 0], (ROWS,))
         group = 0 if product.whole else jnp.minimum(lax.div(k, product.group), ref.shape[-1] - 1)
-        return _load(ref.at[tile.w, rows, group], plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        return load(ref.at[at, rows, group], plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
-    def accumulate(sums: Any) -> tuple[Array, Array]:
+    def accumulate(*sums: Any) -> list[Array]:
         def step(i: Any, stage: Array) -> Array:
             k = (tile.split * product.steps + i) * blocks.k + way * product.part
             starts = range(0, product.part, math.gcd(product.group, product.part))
-            scale = None if product.whole else {start: small(scales, k + start) for start in starts}
-            zero = None if zeros is None else {start: small(zeros, k + start) for start in starts}
-            _multiply_step(product, sums, scale, zero, column, way, stage, **scratch)
+            scales, zeros = (
+                [None if ref is None else {start: small(w, ref, k + start) for start in starts} for w, ref in refs]
+                for refs in (
+                    [(w, None if product.whole else w.scales) for w in weights],
+                    [(w, w.zeros) for w in weights],
+                )
+            )
+            _multiply_step(product, sums, scales, zeros, column, way, stage, **scratch)
             return _next(stage, product)
 
-        return lax.fori_loop(0, product.steps, step, stage), sums[...]
+        lax.fori_loop(0, product.steps, step, stage)
+        return [each[...] for each in sums]
 
-    stage, sums = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((ROWS, blocks.m), jnp.float32))
+    other_tiles = _OtherTiles(product, others, tile, column, rows, scratch)
+    pl.when(way == 0)(other_tiles.start)
+    accumulators = [plgpu.WGMMAAccumulatorRef((ROWS, blocks.m), jnp.float32) for _ in weights]
+    sums = pl.run_scoped(accumulate, *accumulators)
 
     @pl.when(way > 0)
     def _give() -> None:
         plgpu.barrier_wait(scratch["parts_empty"].at[column])
-        scratch["parts"][way - 1, column] = sums
+        for i, own in enumerate(sums):
+            scratch["parts"][way - 1, i, column] = own
         plgpu.barrier_arrive(scratch["parts_full"].at[column])
 
     @pl.when(way == 0)
     def _write() -> None:
-        result = sums
+        whole = list(sums)
         if blocks.ways > 1:
             plgpu.barrier_wait(scratch["parts_full"].at[column])
-            for other in range(blocks.ways - 1):
-                result += _load(scratch["parts"].at[other, column], plgpu.Layout.WGMMA, optimized=True)
+            for other, i in itertools.product(range(blocks.ways - 1), range(len(whole))):
+                whole[i] += load(scratch["parts"].at[other, i, column], plgpu.Layout.WGMMA, optimized=True)
             plgpu.barrier_arrive(scratch["parts_empty"].at[column])
         if product.whole:
-            result *= lax.broadcast_in_dim(small(scales, 0).astype(jnp.float32), sums.shape, (0,))
-        result = result.astype(product.out_dtype)
+            scales = [small(w, w.scales, 0).astype(jnp.float32) for w in weights]
+            whole = [own * lax.broadcast_in_dim(s, own.shape, (0,)) for own, s in zip(whole, scales, strict=True)]
         out_tile, strip = scratch["out_tile"].at[column], _strip(blocks.m)
-        for start in range(0, blocks.m, strip):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_tile.T[...] = plgpu.layout_cast(result[:, start : start + strip], plgpu.Layout.WGMMA_TRANSPOSED)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_tile, out_ref.at[tile.split, tile.x, pl.ds(tile.m + start, strip), rows])
+        for i, start in enumerate(range(0, blocks.m, strip)):
+            values = [own[:, start : start + strip] for own in whole]
+            if product.epilogue:
+                values = [product.epilogue(values, other_tiles.read(i))]
+            for value, result in zip(values, results, strict=True):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                value = value.astype(product.out_dtype)
+                out_tile.T[...] = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(
+                    out_tile, result.at[tile.split, tile.matrix, pl.ds(tile.m + start, strip), rows]
+                )
+            other_tiles.copy(i + _buffers(blocks.m))
 
-    return stage
+
+@dataclasses.dataclass(frozen=True)
+class _OtherTiles:
+    """What the epilogue of a tile reads beside its sums, transposed as they are, and a strip of rows at a time.
+
+    Arrays of the size of the result come by TMA, strips ahead of their use: the first ones while all is multiplied.
+
+    Attributes:
+        product, tile, column, rows: what is computed, where, by which warpgroup; its columns of the result.
+        refs: other operands of the epilogue.
+        scratch: shared memory and barriers.
+    """
+
+    product: _Product
+    refs: Sequence[Any]
+    tile: _Tile
+    column: Any
+    rows: Any
+    scratch: dict[str, Any]
+
+    def start(self) -> None:
+        """Starts the first copies."""
+        for i in range(_buffers(self.product.blocks.m)):
+            self.copy(i)
+
+    def copy(self, i: int) -> None:
+        """Starts the copies of strip i, if there is one; the strip whose place it takes was read by all threads."""
+        height, buffers = _strip(self.product.blocks.m), _buffers(self.product.blocks.m)
+        if i * height >= self.product.blocks.m:
+            return
+        for number, _ in self.product.beside.tiles:
+            source, target = self.refs[number], self.scratch[f"other_{number}"].at[self.column, i % buffers]
+            source = source.at[self._matrix(source), pl.ds(self.tile.m + i * height, height), self.rows]
+            plgpu.copy_gmem_to_smem(source, target, self.scratch["others_full"].at[self._buffer(i)])
+
+    def read(self, i: int) -> list[Float[Array, "N _"]]:
+        """What the epilogue reads for strip i."""
+        height = _strip(self.product.blocks.m)
+        shape, start = (ROWS, height), self.tile.m + i * height
+        if self.product.beside.tiles:
+            plgpu.barrier_wait(self.scratch["others_full"].at[self._buffer(i)])
+        values = []
+        for number, (ref, (has_rows, has_columns, _)) in enumerate(
+            zip(self.refs, self.product.beside.others, strict=True)
+        ):
+            matrix = self._matrix(ref)
+            if has_rows and has_columns:
+                tile = self.scratch[f"other_{number}"].at[self.column, i % _buffers(self.product.blocks.m)].T
+                value = plgpu.layout_cast(load(tile, plgpu.Layout.WGMMA_TRANSPOSED, optimized=True), plgpu.Layout.WGMMA)
+            elif has_rows:
+                value = load(ref.at[matrix, pl.ds(start, height)], plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                value = plgpu.layout_cast(lax.broadcast_in_dim(value, shape, (1,)), plgpu.Layout.WGMMA)
+            elif has_columns:
+                value = load(ref.at[matrix, self.rows], plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                value = lax.broadcast_in_dim(value, shape, (0,))
+            else:
+                value = jnp.broadcast_to(ref[matrix, 0], shape)
+            values.append(value)
+        return values
+
+    def _matrix(self, ref: Any) -> Any:
+        return 0 if ref.shape[0] == 1 else self.tile.matrix
+
+    def _buffer(self, i: int) -> Any:
+        buffers = _buffers(self.product.blocks.m)
+        return self.column * buffers + i % buffers
 
 
 def _multiply_step(
     product: _Product,
-    sums: Any,
-    scale: dict[int, Array] | None,
-    zero: dict[int, Array] | None,
+    sums: Sequence[Any],
+    scales: Sequence[dict[int, Array] | None],
+    zeros: Sequence[dict[int, Array] | None],
     column: Any,
     way: Any,
     stage: Array,
     **scratch: Any,
 ) -> None:
-    """Adds the product of two tiles, or of what this warpgroup takes of them, to the sums.
+    """Adds the products of tiles, or of what this warpgroup takes of them, to the sums.
 
     One chunk of the weight is unpacked while the one before it is multiplied, in other registers.
 
     Args:
         product: what is computed.
-        sums: the accumulator.
-        scale, zero: by where a group starts in the tile; scales are None if all of K shares one.
+        sums: the accumulator of each weight.
+        scales, zeros: of each weight, by where a group starts in the tile; scales are None if all of K shares one.
         column, way: what part of the tile this warpgroup takes.
         stage: of the ring.
         scratch: shared memory and barriers.
@@ -591,28 +960,39 @@ def _multiply_step(
         return pl.ds(way * product.part + start, size)
 
     plgpu.barrier_wait(scratch["full"].at[stage])
-    w_tile = scratch["w_ring"].at[stage, pl.ds(column * ROWS, ROWS), along_k(0, product.part)]
-    codes = _load(w_tile, upcast, optimized=True)
-    for start in range(0, product.part, chunk):
-        group = start // length * length
-        values = plgpu.layout_cast(codes[:, start : start + chunk], plgpu.Layout.WGMMA)
-        if product.bits == 4:  # integers to bfloat16 is the conversion that Mosaic GPU has in few instructions
-            values = values.astype(jnp.bfloat16)
-        values = values.astype(product.dtype)
-        if zero is not None:
-            values -= lax.broadcast_in_dim(zero[group].astype(product.dtype), shape, (0,))
-        if scale is not None:
-            values *= lax.broadcast_in_dim(scale[group].astype(product.dtype), shape, (0,))
-        x_tile = scratch["x_ring"].at[stage, :, along_k(start, chunk)].T
-        if "unpacked" in scratch:  # interpreted
-            unpacked = scratch["unpacked"].at[lax.axis_index("warpgroup")]
-            unpacked[...] = values
-            plgpu.commit_smem()
-            plgpu.wgmma(sums, unpacked, x_tile)
-            plgpu.wgmma_wait(0)
-        else:
-            plgpu.wgmma(sums, values, x_tile)
-            plgpu.wgmma_wait(1)
-        if start == 0:  # the stage before this one was read: its words are in registers, its x was multiplied
-            before = jnp.where(stage == 0, blocks.stages - 1, stage - 1)
-            plgpu.barrier_arrive(scratch["empty"].at[before])
+    for number, (total, scale, zero) in enumerate(zip(sums, scales, zeros, strict=True)):
+        w_tile = scratch["w_ring"].at[stage, number, pl.ds(column * ROWS, ROWS), along_k(0, product.part)]
+        codes = load(w_tile, upcast, optimized=True)
+        for start in range(0, product.part, chunk):
+            group = start // length * length
+            values = plgpu.layout_cast(codes[:, start : start + chunk], plgpu.Layout.WGMMA)
+            values = _converted(values, product, interpret="unpacked" in scratch)
+            if zero is not None:
+                values -= lax.broadcast_in_dim(zero[group].astype(product.dtype), shape, (0,))
+            if scale is not None:
+                values *= lax.broadcast_in_dim(scale[group].astype(product.dtype), shape, (0,))
+            x_tile = scratch["x_ring"].at[stage, :, along_k(start, chunk)].T
+            if "unpacked" in scratch:  # interpreted
+                unpacked = scratch["unpacked"].at[lax.axis_index("warpgroup")]
+                unpacked[...] = values
+                plgpu.commit_smem()
+                plgpu.wgmma(total, unpacked, x_tile)
+                plgpu.wgmma_wait(0)
+            else:
+                plgpu.wgmma(total, values, x_tile)
+                plgpu.wgmma_wait(1)
+            if start == number == 0:  # the stage before this one was read: its words are in registers, x was multiplied
+                before = jnp.where(stage == 0, blocks.stages - 1, stage - 1)
+                plgpu.barrier_arrive(scratch["empty"].at[before])
+
+
+def _converted(codes: Int[Array, "N K"], product: _Product, *, interpret: bool) -> Float[Array, "N K"]:
+    """Codes as the operand of a product: integers, values of a codebook, or the floats whose bits they are."""
+    if product.format.kind == "codebook":
+        return tile_mosaic_gpu.look_up(codes, product.format.values, product.dtype, interpret=interpret)
+    if product.format.kind == "float":
+        codes = lax.bitcast_convert_type(codes, jnp.dtype(product.format.dtype)).astype(jnp.float16)
+        return codes if product.dtype == jnp.float16 else codes.astype(jnp.float32).astype(product.dtype)
+    if product.bits == 4:  # integers to bfloat16 is the conversion that Mosaic GPU has in few instructions
+        codes = codes.astype(jnp.bfloat16)
+    return codes.astype(product.dtype)

@@ -62,17 +62,20 @@ Names = tuple[str, ...]
 # --- Lowering --------------------------------------------------------------------------------------------------
 
 
-def lowering(kernel: Callable[..., Array], plain: Callable[..., Array]) -> Callable[..., Any]:
-    """A lowering rule of a primitive with one result.
+def lowering(
+    kernel: Callable[..., Any], plain: Callable[..., Any], *, multiple_results: bool = False
+) -> Callable[..., Any]:
+    """A lowering rule of a primitive.
 
     Args:
         kernel: what one device runs; with explicit axes, it splits the work itself (`matmul`, `integer_matmul`).
         plain: the same in operations that XLA can partition.
+        multiple_results: whether both return a list of arrays, as the primitive does.
     """
 
     def rule(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         chosen = plain if _left_to_xla(ctx) else kernel
-        return mlir.lower_fun(chosen, multiple_results=False)(ctx, *operands, **params)
+        return mlir.lower_fun(chosen, multiple_results=multiple_results)(ctx, *operands, **params)
 
     return rule
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import numerics, packing
-from pallas_kernels.formats import QuantSpec
+from pallas_kernels.formats import FORMATS, QuantSpec
 
 Role = Literal["stack", "k", "n"]
 ROLES: tuple[Role, ...] = ("stack", "k", "n")
@@ -226,6 +226,28 @@ def reorder(q: QTensor, order: Literal["kn", "nk"]) -> QTensor:
         return q
     words, scales = jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2) if a.ndim >= 2 else a, (q.words, q.scales))
     return dataclasses.replace(q, words=words, scales=scales, order=order)
+
+
+def widen(q: QTensor) -> QTensor:
+    """The same parameter, bit for bit, in a format whose words a kernel reads with few instructions.
+
+    Integers of 2 and 3 bits are stored as int4, those of 5 to 7 bits as int8, and scales that are quantized themselves
+    as float32. The result takes more memory, and its `spec` is the one of what is stored.
+
+    Args:
+        q: a packed parameter; one of another format comes back as it is.
+    """
+    format = q.spec.format
+    if format.kind == "int" and format.bits not in (4, 8):
+        format = FORMATS["int4" if format.bits < 4 else "int8"]
+    if format is q.spec.format and not q.spec.double_quant:
+        return q
+    words, scales = q.matrix_arrays()
+    if format is not q.spec.format:
+        words = packing.pack(packing.unpack(words, q.spec.format, q.layout.k), format)
+    spec = dataclasses.replace(q.spec, format=format, double_quant=False)
+    wide = QTensor(words, numerics.plain_scales(scales), spec, q.layout, q.dtype)
+    return reorder(wide, q.order)
 
 
 def _packed(

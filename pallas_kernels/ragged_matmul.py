@@ -2,10 +2,10 @@
 
 What `lax.ragged_dot` is to `lax.dot_general`, this is to `quantized_matmul`: rows of x are sorted by expert, the first
 `group_sizes[0]` of them meet matrix 0 of the stack, the next `group_sizes[1]` matrix 1, and rows beyond the sum of the
-sizes give 0. All platforms mean `matmul_reference`, which is `lax.ragged_dot` on the dequantized weight; on TPU the
-kernel reads the packed words of those experts that have rows. It is linear in x: JVP and transpose are defined in x,
-and asking for a gradient in the packed weight is an error. `vmap` sorts the rows of all elements by expert, so that
-one product serves them.
+sizes give 0. All platforms mean `matmul_reference`, which is `lax.ragged_dot` on the dequantized weight; on TPU, and on
+NVIDIA GPUs in `target_chip`, a kernel reads the packed words of those experts that have rows. It is linear in x: JVP
+and transpose are defined in x, and asking for a gradient in the packed weight is an error. `vmap` sorts the rows of all
+elements by expert, so that one product serves them.
 
 With Auto mesh axes the lowering is the reference, which XLA partitions. Operands on Explicit axes are an error:
 `lax.ragged_dot` cannot infer where its result is either, and takes an `out_sharding`.
@@ -27,7 +27,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int, Int32, Integer
 
-from pallas_kernels import partition, ragged_matmul_tpu
+from pallas_kernels import blocks_gpu, partition, ragged_matmul_tpu
 from pallas_kernels.matmul_reference import pick_layer, weight_matrix
 from pallas_kernels.qtensor import Layout, QTensor
 
@@ -119,6 +119,16 @@ def _tpu(x: Array, w: QTensor, group_sizes: Array, **options: Any) -> Array:
     if ragged_matmul_tpu.unsupported(x, w, options["casts"], options["preferred_element_type"]) is not None:
         return matmul_reference(x, w, group_sizes, **options)
     return ragged_matmul_tpu.matmul(x, w, group_sizes, **options)
+
+
+def _gpu(x: Array, w: QTensor, group_sizes: Array, *, layer: Any, **options: Any) -> Array:
+    if blocks_gpu.asked_for() is None:
+        return matmul_reference(x, w, group_sizes, layer=layer, **options)
+    from pallas_kernels import ragged_matmul_gpu  # a backend that every other platform can do without
+
+    if ragged_matmul_gpu.unsupported(x, w, **options) is not None:
+        return matmul_reference(x, w, group_sizes, layer=layer, **options)
+    return ragged_matmul_gpu.matmul(x, w, group_sizes, layer=layer, **options)
 
 
 def _unflatten(leaves: Any, params: dict[str, Any]) -> tuple[QTensor, Any, dict[str, Any]]:
@@ -218,6 +228,6 @@ ad.primitive_jvps[quantized_ragged_matmul_p] = _jvp
 ad.primitive_transposes[quantized_ragged_matmul_p] = _transpose
 batching.primitive_batchers[quantized_ragged_matmul_p] = _batch
 # A kernel is a row: what one device runs on that platform.
-for _platform, _kernel in {None: matmul_reference, "tpu": _tpu}.items():
+for _platform, _kernel in {None: matmul_reference, "cuda": _gpu, "tpu": _tpu}.items():
     _rule = partition.lowering(_with(_kernel), plain=_with(matmul_reference))
     mlir.register_lowering(quantized_ragged_matmul_p, _rule, platform=_platform)

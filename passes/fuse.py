@@ -18,7 +18,7 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,21 +96,26 @@ def plan_fusions(program: Program, sites: Sites, plan: Plan) -> tuple[Fusion, ..
         program, sites: of the call.
         plan: which weights are packed and which inputs quantized; a product of quantized inputs stays by itself.
     """
+    found = packed_dots(program, sites, plan)
+    return tuple(fusion for address, jaxpr, dots in found for fusion in _Body(address, jaxpr, dots).fusions())
+
+
+def packed_dots(
+    program: Program, sites: Sites, plan: Plan
+) -> Iterator[tuple[Address, Any, dict[int, tuple[Site, Entry]]]]:
+    """The dots of float inputs and packed weights: address and jaxpr of each body that has some, and they by number."""
     quantized = {site.address for site in plan.sites}
     dots: dict[Address, dict[int, tuple[Site, Entry]]] = {}
     for site in sites.sites:
         entry = plan[site.source]
         alone = entry.spec is None or entry.layout != site.layout or site.address in quantized
-        if site.op == "dot" and site.operand == 1 and not alone and "shard_map" not in site.address:
+        if site.op == "dot" and not alone and "shard_map" not in site.address:
             number = site.address[-1]
             assert isinstance(number, int)
             dots.setdefault(site.address[:-1], {})[number] = site, entry
-    return tuple(
-        fusion
-        for address, jaxpr in _bodies(program.jaxpr, (), {body[:i] for body in dots for i in range(len(body) + 1)})
-        if address in dots
-        for fusion in _Body(address, jaxpr, dots[address]).fusions()
-    )
+    for address, jaxpr in _bodies(program.jaxpr, (), {body[:i] for body in dots for i in range(len(body) + 1)}):
+        if address in dots:
+            yield address, jaxpr, dots[address]
 
 
 def _bodies(jaxpr: Any, address: Address, wanted: set[Address]) -> Iterator[tuple[Address, Any]]:
@@ -188,6 +193,8 @@ class _Body:
 
 def _is_matrix(eqn: Any, site: Site) -> bool:
     """Whether the result of a dot is that of the packed matrix in another shape, none of its axes moved."""
+    if site.operand != 1:
+        return False
     _, (_, batch) = eqn.params["dimension_numbers"]
     free = [i for i, role in enumerate(site.roles) if role == "n"]
     groups = [[atom for i in axes for atom in site.view.axes[i]] for axes in (batch, free)]
@@ -375,19 +382,35 @@ def matrix_form(shape: Shape, result: Shape, batch: int, rows: int) -> Shape | N
 # --- Carrying out ------------------------------------------------------------------------------------------------
 
 
+def packed_forms(
+    dots: Sequence[Any], operands: Sequence[int], read: Callable[[Any], Any]
+) -> list[tuple[Ref, lower.DotForm]] | None:
+    """The weights of dots and how they are multiplied; None where one is not packed, or for another reading.
+
+    Args:
+        dots: equations.
+        operands: for each, which operand is the weight.
+        read: the value of an atom.
+    """
+    refs = [read(eqn.invars[operand]) for eqn, operand in zip(dots, operands, strict=True)]
+    if any(not isinstance(r, Ref) or not isinstance(r.base, QTensor) or r.shadow is not None for r in refs):
+        return None
+    forms = [lower.dot_form(eqn, ref, operand) for eqn, ref, operand in zip(dots, refs, operands, strict=True)]
+    pairs = [(ref, form) for ref, form in zip(refs, forms, strict=True) if form is not None]
+    return pairs if len(pairs) == len(dots) else None
+
+
 def carried_out(fusion: Fusion) -> Fused:
     """What `passes.replay` does in place of the equations of a region."""
 
-    def rule(eqns: Sequence[Any], read: Any) -> Array | None:
+    def rule(eqns: Sequence[Any], read: Any) -> list[Array] | None:
         dots = [eqns[i] for i in fusion.dots]
-        refs = [read(eqn.invars[1]) for eqn in dots]
-        if any(not isinstance(r, Ref) or not isinstance(r.base, QTensor) or r.shadow is not None for r in refs):
-            return None  # this one is not packed
+        packed = packed_forms(dots, [1] * len(dots), read)
+        if packed is None:
+            return None
+        (ref, *_), forms = zip(*packed, strict=True)
         atoms = [eqns[other.equation].invars[other.operand] for other in fusion.others]
         x, *others = (as_float(read(atom)) for atom in (dots[0].invars[0], *atoms))
-        forms = [form for eqn, ref in zip(dots, refs, strict=True) if (form := lower.dot_form(eqn, ref, 1)) is not None]
-        if len(forms) < len(dots):
-            return None
         result = dots[0].outvars[0].aval.shape
         shapes = [padded(a.aval.shape, o.axes, len(result)) for a, o in zip(atoms, fusion.others, strict=True)]
 
@@ -399,20 +422,21 @@ def carried_out(fusion: Fusion) -> Fused:
                 values[eqns[i].outvars[0]] = control_flow.bind(eqns[i], operands)[0]
             return values[eqns[fusion.steps[-1]].outvars[0]]
 
-        return fused_matmul(
+        out = fused_matmul(
             forms[0].rows(x),
             [form.weight for form in forms],
             others,
             layers=[form.layer for form in forms],
-            casts=refs[0].view.casts,
+            casts=ref.view.casts,
             precision=dots[0].params["precision"],
             preferred_element_type=dots[0].params["preferred_element_type"],
             epilogue=fusion.epilogue,
             shapes=[_matrix_form(shape, result, fusion) for shape in shapes],
             program=program,
         )
+        return [out]
 
-    return Fused(fusion.body, fusion.equations, fusion.repeats, rule)
+    return Fused(fusion.body, fusion.equations, rule, place=fusion.equations[-1], reads=fusion.repeats)
 
 
 def _matrix_form(shape: Shape, result: Shape, fusion: Fusion) -> Shape:

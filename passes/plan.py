@@ -27,6 +27,7 @@ from passes.sites import Address, Fold, Site, Sites, Unweighted
 
 if TYPE_CHECKING:
     from passes.fuse import Fusion
+    from passes.joint import Joint
     from passes.kv_cache import CachePlan
 
 
@@ -222,6 +223,7 @@ class Plan:
         norms: batch normalisations, where they are folded, as (name, what is done or why nothing is).
         caches: the same for state, where the recipe says how key-value caches are stored; else None.
         fusions: what becomes part of the products of packed weights.
+        joints: products of packed weights that are carried out as one.
     """
 
     entries: tuple[Entry, ...]
@@ -230,6 +232,7 @@ class Plan:
     norms: tuple[tuple[str, str], ...] = ()
     caches: CachePlan | None = None
     fusions: tuple[Fusion, ...] = ()
+    joints: tuple[Joint, ...] = ()
 
     @functools.cached_property
     def _by_name(self) -> dict[str, Entry]:
@@ -282,6 +285,7 @@ class Plan:
             "bits_per_weight": round(self.bits_per_weight, 4),
             **({"caches": self.caches.to_json()} if self.caches else {}),
             **({"fused": [str(fusion) for fusion in self.fusions]} if self.fusions else {}),
+            **({"joined": [str(joint) for joint in self.joints]} if self.joints else {}),
         }
 
     def save(self, path: str) -> None:
@@ -322,6 +326,8 @@ class Plan:
             console.print(f"{what}: {reason}")
         for fusion in self.fusions:
             console.print(f"fused {fusion}")
+        for joint in self.joints:
+            console.print(f"joined {joint}")
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines())
 

@@ -179,20 +179,25 @@ AtRule = Callable[[Any, list[Any], Scope], list[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """Equations of one body that are carried out together, in the place of the last of them, which alone has a result
-    that others use.
+    """Equations of one body that are carried out together, in the place of one of them.
+
+    Other equations use the results of that one and of those after it.
 
     Attributes:
         body: address of the body.
-        equations: their numbers, ascending.
-        reads: numbers of other equations whose operands the rule reads.
-        rule: `rule(equations of the body, value of an atom)` -> that result, or None to have each run by itself.
+        equations: their numbers, ascending; each has one result.
+        rule: `rule(equations of the body, value of an atom)` -> those results, or None to have each run by itself.
+        place: number of the one in whose place it is.
+        reads: numbers of other equations, before it, whose operands the rule reads.
+        before: numbers of other equations, after it, that are run before the rule.
     """
 
     body: Address
     equations: tuple[int, ...]
-    reads: tuple[int, ...]
-    rule: Callable[[Sequence[Any], Callable[[Any], Any]], Any]
+    rule: Callable[[Sequence[Any], Callable[[Any], Any]], Sequence[Any] | None]
+    place: int
+    reads: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,27 +258,37 @@ class _Replayer:
             results = self.equation(eqn, [read(v) for v in eqn.invars], (*address, i))
             env.update(zip(eqn.outvars, results, strict=True))
 
-        together = {fused.equations[-1]: fused for fused in self.fused.get(address, ())}
-        place = {i: last for last in sorted(together) for i in (*together[last].equations, *together[last].reads)}
-        taken = {i for fused in together.values() for i in fused.equations[:-1]}
+        together = {fused.place: fused for fused in self.fused.get(address, ())}
+        place = {i: at for at in sorted(together) for i in (*together[at].equations, *together[at].reads)}
+        done = {i for at, fused in together.items() for i in fused.equations if i < at}  # or left to what comes later
         last_use: dict[Any, int] = {}
         for i, eqn in enumerate(jaxpr.eqns):
             for v in eqn.invars:
                 if not isinstance(v, JaxprLiteral):
-                    last_use[v] = max(last_use.get(v, 0), place.get(i, i))
+                    last_use[v] = max(last_use.get(v, 0), place.get(i, i), i)
         kept = {v for v in jaxpr.outvars if not isinstance(v, JaxprLiteral)}
-        for i, eqn in enumerate(jaxpr.eqns):
-            if i in taken:
-                continue
-            fused = together.get(i)
-            if fused and (result := fused.rule(jaxpr.eqns, read)) is not None:
-                env[eqn.outvars[0]] = result
-            else:
-                for number in fused.equations if fused else (i,):
-                    run(number)
-            done = (*fused.equations, *fused.reads) if fused else (i,)
-            for v in {v for n in done for v in jaxpr.eqns[n].invars if not isinstance(v, JaxprLiteral)}:
-                if last_use[v] == i and v not in kept:
+        last: dict[int, list[Any]] = {}
+        for v, i in last_use.items():
+            last.setdefault(i, []).append(v)
+        for i in range(len(jaxpr.eqns)):
+            if fused := together.get(i):
+                for number in fused.before:
+                    if number not in done:
+                        run(number)
+                        done.add(number)
+                results = fused.rule(jaxpr.eqns, read)
+                if results is not None:
+                    given = [jaxpr.eqns[number].outvars[0] for number in fused.equations if number >= i]
+                    env.update(zip(given, results, strict=True))
+                    done.update(fused.equations)
+                else:
+                    for number in fused.equations:
+                        if number <= i:  # the others in their turn
+                            run(number)
+            elif i not in done:
+                run(i)
+            for v in last.get(i, ()):
+                if v not in kept:
                     env.pop(v, None)  # eager replay holds no more memory than the program itself
         return [read(v) for v in jaxpr.outvars]
 
@@ -365,6 +380,14 @@ class _Replayer:
         return dataclasses.replace(ref, shadow=pick(fold.shadow))
 
 
+def _of_attention(found: attention.Attention) -> Fused:
+    def rule(eqns: Sequence[Any], read: Callable[[Any], Any]) -> list[Any] | None:
+        out = found.run(eqns, read)
+        return None if out is None else [out]
+
+    return Fused(found.body, found.equations, rule, place=found.equations[-1])
+
+
 def replay(
     program: Program,
     values: Sequence[Any],
@@ -393,7 +416,7 @@ def replay(
     """
     refs = [Ref(v, View.identity(v.shape)) if isinstance(v, QTensor) else v for v in values]
     attentions = attention.find(program.jaxpr, at or {}) if caches else ()
-    fused = [*fused, *(Fused(found.body, found.equations, (), found.run) for found in attentions)]
+    fused = [*fused, *map(_of_attention, attentions)]
     replayer = _Replayer(rules, folds, at or {}, fused, caches)
     out = replayer.run(program.jaxpr, kv_cache.inside(refs), ())
     taps = {name: statistic for name, (statistic, _) in replayer.scope.taps.items()}

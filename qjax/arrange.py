@@ -1,23 +1,25 @@
-"""`arrange`: packed matrices in the storage order that the kernels of a chip read."""
+"""`arrange`: packed matrices as the kernels of a chip read them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import blocks_gpu, chips, matmul_gpu
-from pallas_kernels.qtensor import QTensor, reorder
+from pallas_kernels.qtensor import QTensor
 from qjax.model import QuantizedNNX, nnx_state, with_nnx_values
 
 
 def arrange(variables: Any, chip: str) -> Any:
     """Converted variables, with matrices stored as the kernels of a chip read them: the same values, bit for bit.
 
-    NVIDIA Hopper reads the packed words of a column from one place: matrices that its kernel takes get order "nk". To
-    be done once, after `convert` or `restore` and before the model serves; save what was converted, not this. All
-    other chips read what `convert` and `restore` give, which is returned as it is.
+    To be done once, after `convert` or `restore` and before the model serves; save what was converted, not this.
+
+    NVIDIA Hopper reads the packed words of a column from one place: matrices that its kernel takes get order "nk". On
+    every NVIDIA GPU, codes are unpacked from 4 or 8 bits: int2 and int3 become int4, int5 to int7 become int8, and
+    scales that are quantized themselves float32, which takes more memory (`QTensor.nbytes`). What no kernel takes stays
+    as it is, and so does all for TPU.
 
     Args:
         variables: packed variables, or the `QuantizedNNX` of `convert`.
@@ -31,7 +33,7 @@ def arrange(variables: Any, chip: str) -> Any:
     """
     with chips.target_chip(chip):
         gpu = blocks_gpu.asked_for()
-    if gpu is None or gpu.capability != matmul_gpu.HOPPER:
+    if gpu is None:
         return variables
     if isinstance(variables, QuantizedNNX):
         values = {path: variable.get_value() for path, _, variable in nnx_state(variables.model)}
@@ -40,12 +42,7 @@ def arrange(variables: Any, chip: str) -> Any:
         return out
 
     def arranged(leaf: Any) -> Any:
-        if not isinstance(leaf, QTensor):
-            return leaf
-        other = jax.eval_shape(lambda q: reorder(q, "nk"), leaf)
-        x = jax.ShapeDtypeStruct((1, leaf.layout.k), leaf.dtype)
-        with chips.target_chip(chip):
-            taken = matmul_gpu.unsupported(x, other, (), jnp.dtype(leaf.dtype)) is None
-        return reorder(leaf, "nk") if taken else leaf
+        return matmul_gpu.arranged(leaf) if isinstance(leaf, QTensor) else leaf
 
-    return jax.tree.map(arranged, variables, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    with chips.target_chip(chip):
+        return jax.tree.map(arranged, variables, is_leaf=lambda leaf: isinstance(leaf, QTensor))

@@ -23,6 +23,7 @@ from pallas_kernels.qtensor import quantize as pack
 from passes import control_flow, integer, lower
 from passes.batch_norm import fold_batch_norm
 from passes.fuse import carried_out, plan_fusions
+from passes.joint import joined, plan_joints
 from passes.kv_cache import NO_CACHES, plan_caches, plan_given
 from passes.plan import Entry, Plan, PlanError, make_plan, with_dynamic
 from passes.replay import Absorbed, FoldValue, Ref, replay
@@ -161,7 +162,8 @@ def compile_call(
     plan = with_dynamic(make_plan(sites, recipe.rules, strict=strict), not_served(ranges or {}))
     packed = any(is_packed(leaf) for leaf in call.leaves)
     fusions = plan_fusions(program, sites, plan) if deciding or packed else ()
-    plan = dataclasses.replace(plan, norms=tuple(norms), fusions=fusions)
+    joints = plan_joints(program, sites, plan, fusions) if deciding or packed else ()
+    plan = dataclasses.replace(plan, norms=tuple(norms), fusions=fusions, joints=joints)
     state = zip(call.state_paths, call.leaves, strict=True)
     given = {name: leaf for name, leaf in state if name is not None and isinstance(leaf, QCache)}
     if given:
@@ -246,6 +248,7 @@ def run_call(call: Call, recipe: Recipe, ranges: CallRanges) -> tuple[Any, CallR
     if folds or at or any(isinstance(v, QTensor | Absorbed | QCache) for v in values):
         caches = plan.caches or NO_CACHES
         fused = [carried_out(f) for f in plan.fusions if not any((*f.body, dot) in at for dot in f.dots)]
+        fused += [joined(j) for j in plan.joints if not any((*j.body, dot) in at for dot in j.dots)]
         how: dict[str, Any] = {"rules": lower.RULES, "folds": folds, "at": at, "fused": fused, "caches": caches}
         out, statistics = replay(compiled.program, values, **how)
     else:

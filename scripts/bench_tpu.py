@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels import integer_matmul_tpu, matmul_tpu
+from pallas_kernels.blocks_tpu import target_chip
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
 from pallas_kernels.qtensor import Layout, QTensor, quantize
 
@@ -156,7 +157,9 @@ class Cost:
 
 
 def cost(kernel: Callable[..., Any], m: int, chip: str) -> Cost:
-    small, large = (schedule(*kernel(m, depth), chip=chip) for depth in ROWS[m])
+    with target_chip(chip):  # tiles are chosen for it
+        programs = [kernel(m, depth) for depth in ROWS[m]]
+    small, large = (schedule(*program, chip=chip) for program in programs)
     weights = (ROWS[m][1] - ROWS[m][0]) * TILE_N / UNIT
 
     def slope(unit: str) -> float:

@@ -18,110 +18,20 @@ import platform
 import re
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tpu_compile
-from flax import linen as nn
 from jax import export as jax_export
-from jax import lax
+from llama import Config, Decoder, nbytes
 
 import qjax
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "benchmarks" / "export.md"
 CHIP = "v5e"
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes of a decoder; those of Llama 3 8B (arXiv 2407.21783, table 3) by default."""
-
-    layers: int = 32
-    dim: int = 4096
-    hidden: int = 14336
-    heads: int = 32
-    kv_heads: int = 8
-    vocab: int = 128256
-    theta: float = 500_000.0
-    cache: int = 2048  # tokens that a sequence has room for
-    dtype: Any = jnp.bfloat16
-
-    @property
-    def head_dim(self) -> int:
-        """Values in one head."""
-        return self.dim // self.heads
-
-
-def rope(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding (arXiv 2104.09864) of [batch, 1, heads, dim] at one position, halves of the last axis paired."""
-    half = x.shape[-1] // 2
-    angles = position * theta ** (-jnp.arange(half) / half)
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-class Layer(nn.Module):
-    """One layer, for one step of decoding."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, None]:
-        """[batch, 1, dim] to the same, and nothing for the scan to stack."""
-        c = self.config
-        dense = partial(nn.DenseGeneral, use_bias=False, dtype=c.dtype, param_dtype=c.dtype)
-        norm = partial(nn.RMSNorm, epsilon=1e-5, dtype=c.dtype, param_dtype=c.dtype)
-
-        h = norm(name="attention_norm")(x)
-        q = rope(dense((c.heads, c.head_dim), name="q")(h), position, c.theta)
-        k = rope(dense((c.kv_heads, c.head_dim), name="k")(h), position, c.theta)
-        v = dense((c.kv_heads, c.head_dim), name="v")(h)
-        shape = (x.shape[0], c.cache, c.kv_heads, c.head_dim)
-        keys = self.variable("cache", "keys", jnp.zeros, shape, c.dtype)
-        values = self.variable("cache", "values", jnp.zeros, shape, c.dtype)
-        k = keys.value = lax.dynamic_update_slice_in_dim(keys.value, k, position, axis=1)
-        v = values.value = lax.dynamic_update_slice_in_dim(values.value, v, position, axis=1)
-        grouped = q.reshape(x.shape[0], 1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
-        scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k).astype(jnp.float32) / c.head_dim**0.5
-        weights = nn.softmax(jnp.where(jnp.arange(c.cache) <= position, scores, -jnp.inf)).astype(c.dtype)
-        attended = jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(q.shape)
-        x += dense(c.dim, axis=(-2, -1), name="out")(attended)
-
-        h = norm(name="mlp_norm")(x)
-        h = nn.silu(dense(c.hidden, name="gate")(h)) * dense(c.hidden, name="up")(h)
-        return x + dense(c.dim, name="down")(h), None
-
-
-class Decoder(nn.Module):
-    """One step of decoding: tokens [batch, 1] at a position to logits [batch, 1, vocab]."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array, position: jax.Array) -> jax.Array:
-        """Logits of the token after those at `position`."""
-        c = self.config
-        x = nn.Embed(c.vocab, c.dim, dtype=c.dtype, param_dtype=c.dtype, name="embed")(tokens)
-        layers = nn.scan(
-            Layer,
-            variable_axes={"params": 0, "cache": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.layers,
-        )
-        x, _ = layers(c, name="layers")(x, position)
-        x = nn.RMSNorm(epsilon=1e-5, dtype=c.dtype, param_dtype=c.dtype, name="norm")(x)
-        return nn.Dense(c.vocab, use_bias=False, dtype=c.dtype, param_dtype=c.dtype, name="head")(x)
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes of all arrays."""
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,17 @@ after each task, in one step.
 
 * `check`: a product against float64, on new random operands each time, unpacked by NumPy.
 * `time`: products of the layers of Llama 3 8B and 70B, in int4 and int8, beside `jnp.dot` of bfloat16.
+* `integers`: a product of integers against NumPy, which must have the same bits.
+* `time_integers`: such products of the layers of Llama 3 8B beside `jnp.dot` of bfloat16, and what it takes to round
+  their inputs. Goal: with 2048 rows and more, 1.7 times as fast as bfloat16.
+* `program`: products with an epilogue, several in one kernel, other formats and the transposed one, against float64.
+* `time_program`: NF4, and a gated pair, beside bfloat16.
 * `sweep`: one such product in the tiles that `default_blocks` likes best. The fastest ones make a table,
   `blocks_gpu.json`, that can replace the one of `pallas_kernels`.
+* `attention`, `experts`, `time_attention`: `scripts/gpu_check_attention.py`.
+* `model`, `exported`: a decoder of the shape of Llama 3 8B (`scripts/bench_decode.py`): tokens a second, and whether an
+  exported one says the same. Three tenths of the time are kept for it, and each has a process of its own: what that
+  took of memory is in the result.
 
 Times are those of many products in one program, over weights that are several times the size of the cache, so that each
 product reads its weight from memory; programs take turns, and the median of their rounds is what counts.
@@ -98,6 +107,73 @@ CHECKS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class IntegerCheck:
+    """A product of integers to check: `zeros` says which of x and w have zero points; else as `Check`."""
+
+    kernel: str
+    bits: int
+    group: int | None
+    m: int
+    k: int
+    n: int
+    zeros: str = "x"
+    dtype: str = "bfloat16"
+    stack: int | None = None
+    layer: int | None = None
+    order: str = "nk"
+
+
+INTEGER_CHECKS = (
+    IntegerCheck("mosaic", 8, None, 1, 4096, 1024),
+    IntegerCheck("mosaic", 8, None, 2048, 4096, 1024),
+    IntegerCheck("mosaic", 4, 128, 16, 4096, 1024),
+    IntegerCheck("mosaic", 4, None, 300, 4096, 1024, zeros=""),
+    IntegerCheck("triton", 8, None, 300, 1000, 130, zeros="xw", order="kn"),
+    IntegerCheck("mosaic", 8, 64, 100, 1088, 448, zeros="xw", dtype="float32"),
+    IntegerCheck("mosaic", 4, 64, 130, 4032, 320, zeros="xw", stack=3, layer=-1),
+    IntegerCheck("mosaic", 4, 128, 1000, 1152, 960, zeros="w", dtype="float16"),
+    IntegerCheck("triton", 4, 32, 7, 1000, 130, zeros="xw", layer=1, order="kn"),
+    IntegerCheck("triton", 4, 128, 64, 4096, 1024),
+)
+INTEGERS: dict[str, tuple[str, int | None]] = {"w8a8 channel": ("int8", None), "w4a8 g128": ("int4", 128)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program to check; `what` is "gated", "bias, residual", "joint", "transposed" or "product"."""
+
+    what: str
+    kernel: str
+    format: str
+    group: int | None
+    m: int
+    k: int
+    n: int
+    zero_point: bool = False
+    dtype: str = "bfloat16"
+
+
+PROGRAMS = (
+    Program("gated", "mosaic", "int4", 128, 16, 4096, 14336),
+    Program("gated", "mosaic", "int4", 128, 700, 4096, 2048),
+    Program("bias, residual", "mosaic", "int4", 128, 300, 2048, 1024),
+    Program("joint", "mosaic", "int4", 128, 16, 4096, 4096),
+    Program("product", "mosaic", "nf4", 64, 16, 4096, 1024),
+    Program("transposed", "triton", "nf4", 64, 300, 1024, 2048),
+    Program("gated", "mosaic", "int8", None, 100, 2048, 1024, zero_point=True),
+    Program("bias, residual", "mosaic", "int8", None, 40, 1024, 320, dtype="float32"),
+    Program("joint", "mosaic", "int8", None, 300, 1024, 512, zero_point=True),
+    Program("product", "mosaic", "fp8_e4m3", 128, 16, 4096, 1024),
+    Program("product", "triton", "nf4", 64, 300, 1024, 200),
+    Program("transposed", "triton", "int4", 64, 5, 200, 130, zero_point=True, dtype="float32"),
+    Program("gated", "triton", "int4", 64, 70, 1024, 130),
+)
+
+TIMED = {"NF4 g64": 2.5, "gated pair, int4 g128": 2.5}
+"""Programs of `time_program`, and how many times as fast as bfloat16 each should be with few rows of x."""
+
+
 # --- What the worker does -------------------------------------------------------------------------------------------
 
 
@@ -108,9 +184,7 @@ def worker(tasks: Sequence[dict[str, Any]], dry: bool) -> None:
     for task in tasks:
         print(json.dumps({"started": task["id"]}), flush=True)
         try:
-            result = {"info": info, "copy": copy, "check": check, "time": time_layer, "sweep": sweep}[task["do"]](
-                dry=dry, **task["options"]
-            )
+            result = DO[task["do"]](dry=dry, **task["options"])
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"[:1000]}
         print(json.dumps({"id": task["id"], "result": result}), flush=True)
@@ -233,6 +307,136 @@ def check(dry: bool, **fields: Any) -> dict[str, Any]:
     }
 
 
+def program(dry: bool, **fields: Any) -> dict[str, Any]:
+    """Errors of a program: as `check` gives them, of weights that XLA dequantizes."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.extend.core import primitives as prims
+
+    from pallas_kernels import gpu_operands, matmul_gpu, matmul_mosaic_gpu, matmul_triton
+    from pallas_kernels.epilogue import Epilogue, Step
+    from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+    from pallas_kernels.qtensor import Layout, quantize
+
+    case = Program(**fields)
+    if dry:
+        case = dataclasses.replace(case, m=min(case.m, 9), k=min(case.k, 192), n=min(case.n, 64))
+    generator, f32 = np.random.default_rng(int.from_bytes(os.urandom(4), "little")), jnp.dtype(jnp.float32)
+    granularity = PerGroup(case.group) if case.group else PerChannel()
+    spec = QuantSpec(FORMATS[case.format], granularity, scale_rule=AbsMax(), zero_point=case.zero_point)
+    order: Any = "nk" if case.kernel == "mosaic" else "kn"
+
+    def packed(n: int) -> Any:
+        layout = Layout((((case.k, "k"),), ((n, "n"),)))
+        values = generator.standard_normal((case.k, n)) / case.k**0.5
+        return jax.jit(lambda w: quantize(w, spec, layout, order))(jnp.asarray(values, case.dtype))
+
+    def normal(*shape: int) -> Any:
+        return jnp.asarray(generator.standard_normal(shape), case.dtype)
+
+    def step(primitive: Any, *operands: int, **params: Any) -> Step:
+        return Step(primitive, operands, tuple(params.items()), f32)
+
+    gated = (step(prims.logistic_p, 0, accuracy=None), step(prims.mul_p, 0, 2), step(prims.mul_p, 3, 1))
+    added = (step(prims.add_p, 0, 1), step(prims.add_p, 3, 2))
+    epilogues = {"gated": Epilogue(f32, 2, 0, gated, 4), "bias, residual": Epilogue(f32, 1, 2, added, 4)}
+    epilogue, transpose = epilogues.get(case.what), case.what == "transposed"
+    widths = (case.n, 64, 192) if case.what == "joint" else (case.n,) * (epilogue.products if epilogue else 1)
+    weights, x = [packed(n) for n in widths], normal(case.m, case.n if transpose else case.k)
+    others = [normal(1, 1, case.n), normal(1, case.m, case.n)] if case.what == "bias, residual" else []
+    interpreted = dry and not (case.kernel == "mosaic" and jax.__version_info__ < (0, 11))
+    module: Any = {"mosaic": matmul_mosaic_gpu, "triton": matmul_triton}[case.kernel]
+    how: dict[str, Any] = {"casts": (), "precision": None, "preferred_element_type": f32}
+    if dry and not interpreted:
+        module = matmul_gpu  # which computes the same without a kernel
+    elif dry:
+        how["interpret"] = True
+
+    @jax.jit
+    def run(x: Any, weights: Any, others: Any) -> list[Any]:
+        if epilogue:
+            layers = [None] * len(weights)
+            return [module.fused_matmul(x, weights, others, layers=layers, epilogue=epilogue, **how)]
+        if case.what == "joint" and module is matmul_mosaic_gpu:
+            return module.joint_matmul(x, weights, layers=[None] * len(weights), **how)
+        return [module.matmul(x, w, layer=None, transpose=transpose, **how) for w in weights]
+
+    if module is not matmul_gpu:
+        reason = module.unsupported(x, weights[0], (), f32, transpose=transpose)
+        reason = reason or (module.unsupported_epilogue(epilogue) if epilogue else None)
+        if reason is not None:
+            raise RuntimeError(f"the kernel does not take this: {reason}")
+    got, again = ([np.asarray(a, np.float64) for a in run(x, weights, others)] for _ in range(2))
+    exact, matrices = np.asarray(x, np.float64), [np.asarray(w.dequantize(), np.float64) for w in weights]
+    matrices = [a.T for a in matrices] if transpose else matrices
+    want = [exact @ a for a in matrices]
+    eps = float(jnp.finfo(gpu_operands.operand_dtype(x.dtype, (weights[0].dtype,))).eps)
+    off = [2 * eps * (np.abs(exact) @ np.abs(a)) for a in matrices]
+    if case.what == "gated":
+        gate, up = want
+        sigmoid = 1 / (1 + np.exp(-gate))
+        want, off = [gate * sigmoid * up], [1.1 * np.abs(up) * off[0] + np.abs(gate * sigmoid) * off[1]]
+    elif others:
+        want = [want[0] + sum(np.asarray(a, np.float64)[0] for a in others)]
+    errors = [np.abs(a - b) for a, b in zip(got, want, strict=True)]
+    largest = max(float((e / (o + 1e-5 * (1 + np.abs(w)))).max()) for e, o, w in zip(errors, off, want, strict=True))
+    relative = max(float(np.linalg.norm(e) / np.linalg.norm(w)) for e, w in zip(errors, want, strict=True))
+    return {
+        "right": bool(all(np.isfinite(a).all() for a in got) and largest < 1 and relative < eps),
+        "same_again": all(bool((a == b).all()) for a, b in zip(got, again, strict=True)),
+        "largest": largest,
+        "relative": relative,
+        "eps": eps,
+    }
+
+
+def time_program(dry: bool, what: str, k: int, n: int, m: int) -> dict[str, Any]:
+    """Seconds of a program of `TIMED`, and of the same one in bfloat16."""
+    import jax
+    import jax.numpy as jnp
+    from jax.extend.core import primitives as prims
+
+    from pallas_kernels import matmul_gpu, matmul_mosaic_gpu
+    from pallas_kernels.epilogue import Epilogue, Step
+    from pallas_kernels.qtensor import reorder
+
+    k, n, m = small(k, n, m, dry)
+    pair = what.startswith("gated")
+    each = 2 if pair else 1  # weights of a program
+    keys = jax.random.split(jax.random.key(int.from_bytes(os.urandom(3), "little")), 2)
+    x, copies = jax.random.normal(keys[0], (m, k), jnp.bfloat16), each * copies_of(k, n, 16)
+    floats = [0.02 * jax.random.normal(key, (k, n), jnp.bfloat16) for key in jax.random.split(keys[1], copies)]
+    packed = random_weight("int4" if pair else "nf4", 128 if pair else 64, k, n, each * copies_of(k, n, 4))
+    kernel = "mosaic"
+    if matmul_mosaic_gpu.unsupported(x, packed, (), x.dtype) is not None:
+        kernel, packed = "triton", reorder(packed, "kn")
+    bf16 = jnp.dtype(jnp.bfloat16)
+    steps = (Step(prims.logistic_p, (0,), (("accuracy", None),), bf16), Step(prims.mul_p, (0, 2), (), bf16))
+    epilogue = Epilogue(bf16, 2, 0, (*steps, Step(prims.mul_p, (3, 1), (), bf16)), 4)
+    how: dict[str, Any] = {"casts": (), "precision": None, "preferred_element_type": None}
+    module = matmul_gpu if dry else matmul_mosaic_gpu
+
+    @jax.jit
+    def gated(x: Any, w: Any, i: Any) -> Any:
+        return module.fused_matmul(x, [w, w], [], layers=[i, i + 1], epilogue=epilogue, **how)
+
+    one = gated if pair else jax.jit(product(kernel, dry))
+
+    def floating(x: Any, ws: Any) -> Any:
+        if not pair:
+            return [jnp.dot(x, w) for w in ws]
+        return [jax.nn.silu(jnp.dot(x, a)) * jnp.dot(x, b) for a, b in zip(ws[::2], ws[1::2], strict=True)]
+
+    indices = range(0, packed.words.shape[0], each)
+    programs = {
+        "bfloat16": functools.partial(jax.jit(floating), x, floats),
+        what: functools.partial(jax.jit(lambda x, w: [one(x, w, jnp.int32(i)) for i in indices]), x, packed),
+    }
+    seconds, number = medians(programs, dry), {"bfloat16": copies // each, what: len(indices)}
+    return {"k": k, "n": n, "m": m, "seconds": {name: s / number[name] for name, s in seconds.items()}}
+
+
 def random_weight(format: str, group: int | None, k: int, n: int, copies: int) -> Any:
     """A stack of weights of random words, K contiguous, and scales about those of a trained model."""
     import jax
@@ -324,6 +528,13 @@ def time_layer(dry: bool, k: int, n: int, m: int, weights: Sequence[str]) -> dic
     return {"k": k, "n": n, "m": m, "seconds": {a: s / number[a] for a, s in seconds.items()}, "errors": errors}
 
 
+def spoiled_tiles(weight: str) -> set[tuple[int, ...]]:
+    """Those that the compiler cannot make well for such a weight, by the table of `scripts/prefilter_gpu.py`."""
+    rows = json.loads((ROOT / "benchmarks" / "gpu_tiles.json").read_text())["rows"]
+    bad = (r for r in rows if r["weight"] == weight and ("error" in r or r["spilled"] or r["serialized"]))
+    return {(r["m"], r["n"], r["k"], r["ways"]) for r in bad}
+
+
 def sweep(dry: bool, k: int, n: int, m: int, weight: str, most: int) -> dict[str, Any]:
     """Seconds of a product in the tiles that should be best; those that give another result are left out."""
     import jax
@@ -337,7 +548,9 @@ def sweep(dry: bool, k: int, n: int, m: int, weight: str, most: int) -> dict[str
     bits = 4 if format == "int4" else 8
     x = jax.random.normal(jax.random.key(int.from_bytes(os.urandom(3), "little")), (m, k), jnp.bfloat16)
     w = random_weight(format, group, k, n, copies_of(k, n, bits))
+    spoiled = spoiled_tiles(weight)
     ranked = matmul_mosaic_gpu.ranked(m, k, n, bits, out_dtype=jnp.bfloat16)
+    ranked = [blocks for blocks in ranked if (blocks.m, blocks.n, blocks.k, blocks.ways) not in spoiled]
     # The best ones, and the best of each shape: the order among shapes is what is least certain.
     shapes: dict[Any, Any] = {}
     for blocks in ranked:
@@ -364,6 +577,184 @@ def sweep(dry: bool, k: int, n: int, m: int, weight: str, most: int) -> dict[str
     return {"row": row, "best": seconds[best], "default": seconds.get(default), "seconds": seconds, "errors": errors}
 
 
+def integer_product(kernel: str, dry: bool) -> Callable[..., Any]:
+    """`matmul` of a kernel of `integer_matmul`, as a function."""
+    import jax
+
+    from pallas_kernels import integer_matmul_mosaic_gpu, integer_matmul_triton
+    from pallas_kernels.integer_matmul import matmul_reference
+
+    module = {"mosaic": integer_matmul_mosaic_gpu, "triton": integer_matmul_triton}[kernel]
+
+    def run(x: Any, scale: Any, zero: Any, w: Any, layer: Any, dtype: str) -> Any:
+        reason = module.unsupported(x, w, dtype)
+        if reason is not None:
+            raise RuntimeError(f"the kernel does not take this: {reason}")
+        if dry and kernel == "mosaic" and jax.__version_info__ < (0, 11):  # which does not interpret it
+            return matmul_reference(x, scale, zero, w, layer=layer, out_dtype=dtype)
+        return module.matmul(x, scale, zero, w, layer=layer, out_dtype=dtype, interpret=dry)
+
+    return run
+
+
+def integers(dry: bool, **fields: Any) -> dict[str, Any]:
+    """How many elements of a product of random codes have other bits than they should have."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+    from pallas_kernels.numerics import Scales
+    from pallas_kernels.qtensor import Layout, QTensor
+
+    case = IntegerCheck(**fields)
+    if dry:
+        case = dataclasses.replace(case, m=min(case.m, 9), k=min(case.k, 192), n=min(case.n, 64))
+    seed = int.from_bytes(os.urandom(4), "little")
+    generator = np.random.default_rng(seed)
+    experts = () if case.stack is None else (case.stack,)
+    lead = experts if case.layer is None else (3, *experts)
+    size, low = case.group or case.k, -(2 ** (case.bits - 1))
+    groups = -(-case.k // size)
+
+    codes = generator.integers(low, -low, (*lead, case.n, case.k))
+    scales = (generator.standard_normal((*lead, case.n, groups)) * 0.01).astype(np.float32)
+    weight_zero = generator.integers(low, -low, scales.shape) if "w" in case.zeros else None
+    words = codes.astype(np.int8)
+    if case.bits == 4:
+        nibbles = (codes & 15).reshape(*codes.shape[:-1], -1, 8).astype(np.uint32)
+        words = np.bitwise_or.reduce(nibbles << (4 * np.arange(8, dtype=np.uint32)), axis=-1).view(np.int32)
+    granularity = PerGroup(case.group) if case.group else PerChannel()
+    zero_point = weight_zero is not None
+    spec = QuantSpec(FORMATS[f"int{case.bits}"], granularity, scale_rule=AbsMax(), zero_point=zero_point)
+    arrays = [words, scales, *([] if weight_zero is None else [weight_zero.astype(np.int8)])]
+    words, *small_arrays = (jnp.asarray(a if case.order == "nk" else np.swapaxes(a, -1, -2)) for a in arrays)
+    layout = Layout((((case.k, "k"),), ((case.n, "n"),)))
+    order: Any = case.order
+    w = QTensor(words, Scales(*small_arrays), spec, layout, jnp.dtype("bfloat16"), order)
+    x = generator.integers(-128, 128, (*experts, case.m, case.k))
+    scale = (generator.random((*experts, case.m, 1)) + 0.1).astype(np.float32)
+    zero = generator.integers(-128, 128, scale.shape).astype(np.float32) if "x" in case.zeros else None
+
+    run = jax.jit(integer_product(case.kernel, dry), static_argnums=5)
+    layer = None if case.layer is None else jnp.int32(case.layer)
+    operands = (jnp.asarray(x, jnp.int8), jnp.asarray(scale), None if zero is None else jnp.asarray(zero), w, layer)
+    got, again = (np.asarray(run(*operands, case.dtype)) for _ in range(2))
+
+    def picked(a: Any) -> Any:
+        return a if case.layer is None else a[case.layer]
+
+    centred, want = x - (0 if zero is None else zero.astype(np.int64)), np.zeros((*experts, case.m, case.n), np.float32)
+    for g in range(groups):
+        part = slice(g * size, min((g + 1) * size, case.k))
+        weights = picked(codes)[..., part] - (0 if weight_zero is None else picked(weight_zero)[..., g : g + 1])
+        exact = centred[..., part].astype(np.float64) @ np.swapaxes(weights, -1, -2).astype(np.float64)
+        want = want + exact.astype(np.float32) * picked(scales)[..., None, :, g]
+    want = (want * scale).astype(got.dtype)
+    bits = f"u{got.itemsize}"
+    wrong = int((got.view(bits) != want.view(bits)).sum())
+    return {
+        "right": wrong == 0,
+        "same_again": bool((got.view(bits) == again.view(bits)).all()),
+        "wrong": wrong,
+        "elements": got.size,
+        "seed": seed,
+    }
+
+
+def time_integers(dry: bool, k: int, n: int, m: int) -> dict[str, Any]:
+    """Seconds of a product with each kind of weight, of one of bfloat16, and of rounding the input of one."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import activations
+    from pallas_kernels.formats import FORMATS
+
+    k, n, m = small(k, n, m, dry)
+    keys = jax.random.split(jax.random.key(int.from_bytes(os.urandom(3), "little")), 2)
+    xs = [jax.random.normal(key, (m, k), jnp.bfloat16) for key in jax.random.split(keys[0], 2)]
+    copies = copies_of(k, n, 16)
+    floats = [0.02 * jax.random.normal(key, (k, n), jnp.bfloat16) for key in jax.random.split(keys[1], copies)]
+    spec = activations.ActSpec(FORMATS["int8"], zero_point=True)
+
+    def rounded(x: Any) -> tuple[Any, ...]:
+        activation = activations.quantize(x, spec, (1,))
+        return activation.codes, activation.scale, activation.zero
+
+    programs: dict[str, Callable[[], Any]] = {
+        "bfloat16": functools.partial(jax.jit(lambda x, ws: [jnp.dot(x, w) for w in ws]), xs[0], floats),
+        "rounding": functools.partial(jax.jit(lambda xs: [rounded(x) for x in xs]), xs),
+    }
+    number, errors = {"bfloat16": copies, "rounding": len(xs)}, {}
+    one, x = jax.jit(integer_product("mosaic", dry), static_argnums=5), jax.jit(rounded)(xs[0])
+    every = jax.jit(lambda x, w: [one(*x, w, jnp.int32(i), "bfloat16") for i in range(w.words.shape[0])])
+    for name, (format, group) in INTEGERS.items():
+        number[name] = copies_of(k, n, 4 if format == "int4" else 8)
+        program = functools.partial(every, x, random_weight(format, group, k, n, number[name]))
+        try:
+            jax.block_until_ready(program())
+            programs[name] = program
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {error}"[:500]
+    seconds = medians(programs, dry)
+    return {"k": k, "n": n, "m": m, "seconds": {a: s / number[a] for a, s in seconds.items()}, "errors": errors}
+
+
+def attention(dry: bool, **fields: Any) -> dict[str, Any]:
+    """Errors of attention on packed caches: `gpu_check_attention.attention`."""
+    import gpu_check_attention
+
+    return gpu_check_attention.attention(dry, **fields)
+
+
+def experts(dry: bool, **fields: Any) -> dict[str, Any]:
+    """Errors of a product of rows sorted by expert: `gpu_check_attention.experts`."""
+    import gpu_check_attention
+
+    return gpu_check_attention.experts(dry, **fields)
+
+
+def time_attention(dry: bool, filled: int) -> dict[str, Any]:
+    """Seconds of attention on packed caches: `gpu_check_attention.time_attention`."""
+    import gpu_check_attention
+
+    return gpu_check_attention.time_attention(dry, filled, medians)
+
+
+def model(dry: bool, recipe: str, seconds: float) -> dict[str, Any]:
+    """Tokens a second of a whole model: `bench_decode.measure`."""
+    import bench_decode
+
+    return bench_decode.measure(recipe, dry, seconds)
+
+
+def exported(dry: bool) -> dict[str, Any]:
+    """Whether an exported model says the same: `bench_decode.exported`."""
+    import bench_decode
+
+    result = bench_decode.exported(dry)
+    return {**result, "right": result["same_tokens"]}
+
+
+DO: dict[str, Callable[..., dict[str, Any]]] = {
+    "info": info,
+    "copy": copy,
+    "check": check,
+    "time": time_layer,
+    "integers": integers,
+    "time_integers": time_integers,
+    "sweep": sweep,
+    "program": program,
+    "time_program": time_program,
+    "attention": attention,
+    "experts": experts,
+    "time_attention": time_attention,
+    "model": model,
+    "exported": exported,
+}
+"""By kind of task, what the worker calls with `dry` and the options."""
+
+
 # --- The list of tasks ----------------------------------------------------------------------------------------------
 
 
@@ -373,12 +764,24 @@ def tasks_of() -> list[dict[str, Any]]:
     found += [("check", 60, dataclasses.asdict(case)) for case in CHECKS[:5]]
     found.append(("copy", 60, {}))
     both = list(WEIGHTS)
+    import gpu_check_attention as attending
+
+    of_attention, of_experts = (
+        [(do, 60, dataclasses.asdict(case)) for case in cases]
+        for do, cases in (("attention", attending.ATTENTION_CHECKS), ("experts", attending.EXPERT_CHECKS))
+    )
 
     def timed(names: Sequence[str], rows: Sequence[int]) -> None:
         for m in rows:
             for name in names:
                 k, n = WIDTHS[name]
                 found.append(("time", 90, {"k": k, "n": n, "m": m, "weights": both}))
+
+    def timed_integers(names: Sequence[str], rows: Sequence[int]) -> None:
+        for m in rows:
+            for name in names:
+                k, n = WIDTHS[name]
+                found.append(("time_integers", 90, {"k": k, "n": n, "m": m}))
 
     def swept(names: Sequence[str], rows: Sequence[int], most: int) -> None:
         for m in rows:
@@ -388,14 +791,28 @@ def tasks_of() -> list[dict[str, Any]]:
 
     timed(["70B out", "8B gate, up"], (1, 16, 2048))
     found += [("check", 60, dataclasses.asdict(case)) for case in CHECKS[5:]]
+    found += [("integers", 60, dataclasses.asdict(case)) for case in INTEGER_CHECKS[:5]]
+    timed_integers(["8B gate, up", "8B out"], (2048, 16))
+    found += [("program", 60, dataclasses.asdict(case)) for case in PROGRAMS[:6]]
+    for m in (16, 1, 2048):
+        found += [("time_program", 90, {"what": what, "k": 4096, "n": 14336, "m": m}) for what in TIMED]
+    found += [*of_attention[:3], *of_experts[:1]]
+    found += [("time_attention", 90, {"filled": filled}) for filled in attending.FILLED]
     swept(["70B out"], (16, 2048), 8)
+    found += [("program", 60, dataclasses.asdict(case)) for case in PROGRAMS[6:]]
+    found += [*of_attention[3:], *of_experts[1:]]
     timed(["70B out", "8B gate, up"], (64, 256, 8192, 4))
     timed(["70B down", "8B down"], (16, 2048, 1))
     swept(["70B down", "8B gate, up"], (16, 256, 2048), 6)
+    found += [("integers", 60, dataclasses.asdict(case)) for case in INTEGER_CHECKS[5:]]
+    timed_integers(["8B down", "8B qkv"], (2048, 16))
+    timed_integers(["8B gate, up", "8B out", "8B down", "8B qkv"], (8192, 1, 256))
     timed(["8B out", "70B gate, up", "70B qkv", "8B qkv"], (1, 16, 2048))
     timed(["70B down", "8B down"], (64, 256, 8192, 4))
     swept(["8B out", "8B down", "70B gate, up"], (16, 256, 2048), 5)
     timed(["8B out", "70B gate, up", "70B qkv", "8B qkv"], (64, 256, 4, 8192))
+    found += [("model", 90, {"recipe": recipe, "seconds": 40.0}) for recipe in ("int4 g128", "bfloat16", "w8a8")]
+    found.append(("exported", 90, {}))
     return [{"id": i, "do": do, "limit": limit, "options": options} for i, (do, limit, options) in enumerate(found)]
 
 
@@ -408,17 +825,23 @@ def run_all(out: Path, seconds: float, dry: bool) -> dict[str, Any]:
     tasks = tasks_of()
     if dry:  # one of each kind, and all checks
         kinds: dict[str, Any] = {}
-        tasks = [task for task in tasks if task["do"] == "check" or kinds.setdefault(task["do"], task) is task]
+        checks = ("check", "integers", "program", "attention", "experts")
+        tasks = [task for task in tasks if task["do"] in checks or kinds.setdefault(task["do"], task) is task]
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     record: dict[str, Any] = {"date": date, "dry": dry, "results": [], "left_out": len(tasks)}
-    left = list(tasks)
-    while left and time.monotonic() - start < seconds:
-        finished = watch(left, record, out, start + seconds, dry)
-        left = [task for task in left if task["id"] not in finished]
-        record["left_out"] = len(left)
-        write(record, out)
-        if record["results"] and record["results"][0].get("result", {}).get("error"):
-            break  # there is no GPU
+    models = [task for task in tasks if task["do"] in ("model", "exported")]
+    kernels, end = [task for task in tasks if task not in models], start + seconds
+    parts = [(kernels, end - 0.3 * seconds if models else end), *(([task], end) for task in models)]
+
+    def has_no_gpu() -> bool:
+        return bool(record["results"]) and "error" in record["results"][0]["result"]
+
+    for left, until in parts:
+        while left and time.monotonic() < until and not has_no_gpu():
+            finished = watch(left, record, out, until, dry)
+            left = [task for task in left if task["id"] not in finished]
+            record["left_out"] -= len(finished)
+            write(record, out)
     record["minutes"] = round((time.monotonic() - start) / 60, 1)
     write(record, out)
     return record
@@ -489,15 +912,27 @@ def summary(entry: dict[str, Any]) -> str:
     what = " ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False))
     if "error" in result:
         return f"{entry['do']} {what}: {result['error']}"
-    if entry["do"] == "check":
+    if entry["do"] in ("check", "program", "attention", "experts"):
         word = "right" if result["right"] else "WRONG"
         return f"{word} ({result['relative'] / result['eps']:.2f} eps, same again: {result['same_again']}) {what}"
-    if entry["do"] == "time":
+    if entry["do"] == "integers":
+        word = "right" if result["right"] else f"WRONG in {result['wrong']} of {result['elements']} elements"
+        return f"{word} (same again: {result['same_again']}) integers {what}"
+    if entry["do"] == "time_program":
+        times = ", ".join(f"{name} {1e6 * s:.1f} us" for name, s in result["seconds"].items())
+        return f"{result['m']} x {result['k']} x {result['n']}: {times}"
+    if entry["do"] == "time_attention":
+        times = ", ".join(f"{name} {1e6 * s:.1f} us" for name, s in result["seconds"].items())
+        return f"attention on {result['filled']} of {result['t']} positions: {times} {result['errors'] or ''}"
+    if entry["do"] in ("time", "time_integers"):
         times = ", ".join(f"{name} {1e6 * s:.1f} us" for name, s in result["seconds"].items())
         return f"{result['m']} x {result['k']} x {result['n']}: {times} {result['errors'] or ''}"
     if entry["do"] == "sweep":
         default = "failed" if result["default"] is None else f"{1e6 * result['default']:.1f} us"
         return f"sweep {what}: {1e6 * result['best']:.1f} us, default {default}, {result['row']['blocks']}"
+    if entry["do"] == "model":
+        rates = ", ".join(f"{name}: {rate:.0f} tokens/s" for name, rate in result["tokens_per_second"].items())
+        return f"{what}: {rates}"
     return f"{entry['do']}: {json.dumps(result)}"
 
 
@@ -571,6 +1006,13 @@ def page(record: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {right} | {r['largest']:.3f} | {relative} | {'yes' if r['same_again'] else '**no**'} |"
         )
+    for entry in results(record, "program"):
+        r, case = entry["result"], Program(**entry["options"])
+        name = f"{case.what}: {case.kernel}, {case.format}{' zero point' if case.zero_point else ''} "
+        name += f"{f'g{case.group}' if case.group else 'channel'}, {case.dtype}, {case.m} x {case.k} x {case.n}"
+        cells = [name, "right" if r["right"] else "**wrong**", f"{r['largest']:.3f}"]
+        cells += [f"{r['relative'] / r['eps']:.2f} eps", "yes" if r["same_again"] else "**no**"]
+        lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         "## Times",
@@ -592,6 +1034,15 @@ def page(record: dict[str, Any]) -> str:
             part = f"{size / s / bandwidth:.0%}" if bandwidth else f"{size / s / 1e12:.2f} TB/s"
             cells += [f"{1e6 * s:.1f}", part, f"{base / s:.2f}x"]
         lines.append("| " + " | ".join(cells) + " |")
+    programs = results(record, "time_program")
+    if programs:
+        lines += ["", "## Times of other programs", "", "In microseconds; times as fast as bfloat16, and the goal.", ""]
+        lines += ["| program | rows | K x N | bfloat16 | packed | speed | goal |", "|---|---|---|---|---|---|---|"]
+    for entry in programs:
+        r, what = entry["result"], entry["options"]["what"]
+        base, own = r["seconds"]["bfloat16"], r["seconds"][what]
+        cells = [what, r["m"], f"{r['k']} x {r['n']}", f"{1e6 * base:.1f}", f"{1e6 * own:.1f}", f"{base / own:.2f}x"]
+        lines.append("| " + " | ".join(map(str, (*cells, f"{TIMED[what]}x" if r["m"] <= 16 else ""))) + " |")
     sweeps = results(record, "sweep")
     if sweeps:
         lines += [
@@ -609,7 +1060,75 @@ def page(record: dict[str, Any]) -> str:
         default = "failed" if r["default"] is None else f"{1e6 * r['default']:.1f}"
         cells = (row["m"], f"{row['k']} x {row['n']}", row["weight"], f"{1e6 * r['best']:.1f}", tiles, default)
         lines.append("| " + " | ".join(map(str, (*cells, len(r["seconds"])))) + " |")
-    return "\n".join(lines) + "\n"
+    import gpu_check_attention
+
+    attending = gpu_check_attention.page(functools.partial(results, record))
+    return "\n".join([*lines, *_integers(record), *attending, *_models(record)]) + "\n"
+
+
+def _integers(record: dict[str, Any]) -> list[str]:
+    """The page's part on products of integers."""
+    checks, lines = results(record, "integers"), []
+    if checks:
+        lines += ["", "## Integers", "", "Elements with other bits than NumPy's, on random codes."]
+        lines += ["", "| product | zero points | wrong | of | same bits again |", "|---|---|--:|--:|---|"]
+    for entry in checks:
+        r, case = entry["result"], IntegerCheck(**entry["options"])
+        name = f"{case.kernel}, w{case.bits}a8 {f'g{case.group}' if case.group else 'channel'}, {case.dtype}, "
+        name += f"{case.m} x {case.k} x {case.n}{f', {case.stack} experts' if case.stack else ''}"
+        name += ", layer of a stack" if case.layer is not None else ""
+        wrong = "0" if r["right"] else f"**{r['wrong']}**"
+        again = "yes" if r["same_again"] else "**no**"
+        lines.append(f"| {name} | {', '.join(case.zeros) or 'none'} | {wrong} | {r['elements']} | {again} |")
+    times = sorted(results(record, "time_integers"), key=lambda e: (e["result"]["m"], e["result"]["n"]))
+    if times:
+        lines += [
+            "",
+            "Microseconds of a product of codes, and times as fast as `jnp.dot` of bfloat16; of the rounding of",
+        ]
+        lines += ["an input of bfloat16, which comes before.", ""]
+        lines += ["| rows | K x N | bfloat16 | rounding |" + "".join(f" {name} | speed |" for name in INTEGERS)]
+        lines.append("|" + "---|" * (4 + 2 * len(INTEGERS)))
+    for r in (entry["result"] for entry in times):
+        base = r["seconds"]["bfloat16"]
+        cells = [str(r["m"]), f"{r['k']} x {r['n']}", f"{1e6 * base:.1f}", f"{1e6 * r['seconds']['rounding']:.1f}"]
+        for name in INTEGERS:
+            s = r["seconds"].get(name)
+            cells += ["failed", ""] if s is None else [f"{1e6 * s:.1f}", f"{base / s:.2f}x"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _models(record: dict[str, Any]) -> list[str]:
+    """The page's part on whole models."""
+    entries, lines = [entry["result"] for entry in results(record, "model")], []
+    if entries:
+        lines += [
+            "",
+            "## A decoder of the shape of Llama 3 8B",
+            "",
+            f"Random weights; {entries[0]['prompt']} tokens are read, and come before those that are written. The "
+            f"cache is int8, with bfloat16 weights bfloat16. XLA_FLAGS: {entries[0]['flags'] or 'none'}. Tokens a "
+            "second, by sequences at a time. Memory in GB: weights; what the device has in use with them and the cache "
+            "of one sequence, and at most. TB/s: bytes of weights times tokens a second, of one sequence. All models "
+            "scan over stacked layers, out of which XLA may copy float ones: bfloat16 is no lower bound.",
+            "",
+            "| weights | read 1 | write 1 | TB/s | write 16 | GB of weights | in use | most |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+    for r in entries:
+        read, one, many = (r["tokens_per_second"].get(name) for name in ("prefill 1", "decode 1", "decode 16"))
+        sizes = [r["weight_bytes"], r["memory"]["made"]["in_use"], r["memory"]["end"]["peak"]]
+        cells = [r["recipe"], *("-" if rate is None else f"{rate:,.0f}" for rate in (read, one))]
+        cells += ["-" if one is None else f"{one * r['weight_bytes'] / 1e12:.2f}"]
+        cells += ["-" if many is None else f"{many:,.0f}"]
+        cells += ["-" if size is None else f"{size / 1e9:.2f}" for size in sizes]
+        lines.append("| " + " | ".join(cells) + " |")
+    for r in (entry["result"] for entry in results(record, "exported")):
+        same = "the same tokens" if r["same_tokens"] else "**other tokens**"
+        same += ", and the same bits of all logits" if r["same_bits"] else ""
+        lines += ["", f"Exported by `qjax.export` and loaded again, int4 with {r['layers']} layers says {same}."]
+    return lines
 
 
 MARKS = "<!-- scripts/gpu_check --readme writes from here -->", "<!-- to here -->"
@@ -627,7 +1146,9 @@ def summarized(record: dict[str, Any], text: str) -> str:
     if any(text.count(mark) != 1 for mark in MARKS):
         raise ValueError(f"gpu_check: the README must have {MARKS[0]!r} and {MARKS[1]!r}, once each.")
     about, rows = infos[0]["result"], sorted({entry["result"]["m"] for entry in timed})
-    wrong = [entry for entry in results(record, "check") if not entry["result"]["right"]]
+    kinds = ("check", "program", "attention", "experts")
+    checks = [entry for kind in kinds for entry in results(record, kind)]
+    wrong = [entry for entry in checks if not entry["result"]["right"]]
     lines = [
         f"On {about['device']} (jax {about['jax']}, {record['date']}), times as fast as `jnp.dot` of bfloat16 with so "
         f"many rows of x; more in [benchmarks/gpu.md](benchmarks/gpu.md). Checks that were wrong: {len(wrong)}.",

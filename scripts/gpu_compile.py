@@ -6,6 +6,7 @@ nor CUDA toolkit:
     compiled = compile(f, jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16), ..., chip="h100")
     compiled.as_text()  # optimized HLO
     compiled, kernels = compile_counted(f, ..., chip="h100")  # registers, spills, instructions of Mosaic GPU kernels
+    compiled, kernels = compile_triton_counted(f, ..., chip="h100")  # registers and spills of Triton's
 
 Instructions are counted where `nvdisasm` is installed (pip install nvidia-cuda-nvdisasm). Nothing runs, so nothing here
 says how long a program takes. XLA chooses its own kernels by timing them, so what it makes of ordinary operations here
@@ -23,9 +24,11 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,11 +38,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.extend.core import primitives as prims
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels import blocks_gpu, matmul_mosaic_gpu, matmul_triton
+from pallas_kernels import (
+    blocks_gpu,
+    integer_matmul_mosaic_gpu,
+    integer_matmul_triton,
+    kv_cache,
+    matmul_mosaic_gpu,
+    matmul_triton,
+)
+from pallas_kernels.cache_attention import AttentionSpec, Dot, cache_attention
+from pallas_kernels.epilogue import Epilogue, Step
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+from pallas_kernels.kv_cache import CacheSpec
 from pallas_kernels.qtensor import Layout, QTensor, quantize
+from pallas_kernels.ragged_matmul import quantized_ragged_matmul
 
 # GpuTargetConfigProto, from the public numbers of each chip.
 _TARGET = """
@@ -154,11 +169,15 @@ def compile(function: Callable[..., Any], *args: Any, chip: str, **kwargs: Any) 
         ModuleNotFoundError: the CUDA plugin is not installed.
         Exception: whatever Pallas or the compiler says about the program.
     """
+    return _compile(function, args, kwargs, chip, {})
+
+
+def _compile(function: Any, args: Any, kwargs: Any, chip: str, options: dict[str, Any]) -> jax.stages.Compiled:
     sharding = SingleDeviceSharding(_topology(chip).devices[0])
     args, kwargs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (args, kwargs))
     jitted = function if hasattr(function, "trace") else jax.jit(function)
     with _abstract(chip):
-        return jitted.trace(*args, **kwargs).lower(lowering_platforms=("cuda",)).compile()
+        return jitted.trace(*args, **kwargs).lower(lowering_platforms=("cuda",)).compile(options)
 
 
 def _abstract(chip: str) -> contextlib.AbstractContextManager[Any]:
@@ -189,7 +208,7 @@ def _topology(chip: str) -> topologies.TopologyDescription:
 def compile_counted(
     function: Callable[..., Any], *args: Any, chip: str, **kwargs: Any
 ) -> tuple[jax.stages.Compiled, list[Kernel]]:
-    """As `compile`, with what `ptxas` says of each Mosaic GPU kernel of the program; it says nothing of Triton's."""
+    """As `compile`, with what `ptxas` says of each Mosaic GPU kernel of the program."""
     wanted = {"MOSAIC_GPU_DUMP_PTXAS": "1"}
     if root := _tools("nvdisasm"):
         wanted |= {"MOSAIC_GPU_DUMP_SASS": "1", "MOSAIC_GPU_CUDA_ROOT": str(root), "CUDA_ROOT": str(root)}
@@ -202,6 +221,27 @@ def compile_counted(
     reports = re.split(r"(?=^ptxas info +: 0 bytes gmem)", text, flags=re.MULTILINE)
     serialized = ["serialized" in before for before in reports[:-1]]  # it is said before
     return compiled, [_read(report, waits) for report, waits in zip(reports[1:], serialized, strict=True)]
+
+
+def compile_triton_counted(
+    function: Callable[..., Any], *args: Any, chip: str, **kwargs: Any
+) -> tuple[jax.stages.Compiled, list[Kernel]]:
+    """As `compile`, with what `ptxas` says of Triton's kernels and XLA's own; of none where it is not installed."""
+    found: dict[str, Kernel] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = _compile(function, args, kwargs, chip, {"xla_dump_to": folder})
+        if (root := _tools("ptxas")) is None:
+            return compiled, []
+        for file in Path(folder).glob("*.ptx"):
+            target = re.search(r"^\.target (\w+)", file.read_text(), re.MULTILINE)
+            if target is None:  # nothing is in it
+                continue
+            command = [root / "bin" / "ptxas", f"-arch={target[1]}", "-v", file, "-o", file.with_suffix(".cubin")]
+            report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+            for part in re.split(r"(?=^ptxas info +: Compiling entry function)", report, flags=re.MULTILINE)[1:]:
+                kernel = _read(part, False)
+                found[kernel.name] = kernel
+    return compiled, [*found.values()]
 
 
 def _read(report: str, serialized: bool) -> Kernel:
@@ -320,6 +360,11 @@ class Variant:
         """The other operand, shape only."""
         return jax.ShapeDtypeStruct((self.m, self.k), jnp.dtype(self.dtype))
 
+    def codes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The other operand of an integer product, shapes only: codes, scales and zero points."""
+        row = jax.ShapeDtypeStruct((self.m, 1), jnp.float32)
+        return jax.ShapeDtypeStruct((self.m, self.k), jnp.int8), row, row
+
 
 VARIANTS = (
     *(Variant("int4", 128, False, "bfloat16", m, 4096, 4096) for m in (1, 16, 64, 256, 2048)),
@@ -332,6 +377,117 @@ VARIANTS = (
     Variant("int4", 96, True, "bfloat16", 5, 4032, 960),
     Variant("int8", None, False, "float32", 50, 960, 64),
 )
+INTEGER = (
+    *(Variant("int8", None, False, "bfloat16", m, 4096, 4096) for m in (1, 16, 256, 2048)),
+    *(Variant("int4", None, False, "bfloat16", m, 4096, 4096) for m in (16, 2048)),
+    *(Variant("int4", 128, False, "bfloat16", m, 4096, 14336) for m in (1, 64, 2048)),
+    Variant("int8", 64, True, "float32", 256, 4096, 4096),
+    Variant("int4", 64, True, "float16", 100, 4032, 960),
+)
+"""Of the kernels of `integer_matmul`; the dtype is that of the result."""
+
+CODES = (
+    *(Variant("nf4", 64, False, "bfloat16", m, 4096, 4096) for m in (16, 2048)),
+    Variant("fp4_e2m1", 32, False, "float16", 16, 4096, 4096),
+    Variant("fp8_e4m3", 128, False, "bfloat16", 16, 4096, 4096),
+    Variant("fp8_e5m2", None, False, "float32", 16, 4096, 960),
+)
+"""Formats other than integers."""
+
+TRANSPOSED = tuple(Variant("int4", 64, True, "bfloat16", m, 4096, 4096) for m in (16, 2048))
+"""With N contracted."""
+
+BF16 = jnp.dtype(jnp.bfloat16)
+_ADDED = tuple(Step(prims.add_p, operands, (), BF16) for operands in ((0, 1), (3, 2)))
+_GATED = (
+    Step(prims.logistic_p, (0,), (("accuracy", None),), BF16),
+    *(Step(prims.mul_p, operands, (), BF16) for operands in ((0, 2), (3, 1))),
+)
+EPILOGUES = {"bias, residual": Epilogue(BF16, 1, 2, _ADDED, 4), "gated pair": Epilogue(BF16, 2, 0, _GATED, 4)}
+FUSED = (
+    *(("bias, residual", Variant("int4", 128, False, "bfloat16", m, 4096, 4096)) for m in (256, 2048)),
+    *(("gated pair", Variant("int4", 128, False, "bfloat16", m, 4096, 14336)) for m in (1, 16, 64, 2048)),
+    ("gated pair", Variant("int8", None, True, "bfloat16", 256, 4096, 14336)),
+    ("gated pair", Variant("int4", 32, True, "bfloat16", 16, 4096, 14336)),
+)
+"""Products with what follows them."""
+
+JOINT = tuple((Variant("int4", 128, False, "bfloat16", m, 4096, 4096), (4096, 1024, 1024)) for m in (1, 16, 2048))
+"""Products of one x with weights of several widths."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Attention on packed caches that is compiled.
+
+    Attributes:
+        format, zero_point: of keys and values.
+        dtype: of queries and results.
+        queries: that read the same head of the caches.
+        t: positions.
+        d: values of a vector.
+        mask: how many queries have a mask of their own, 1 if all share one; 0 if there is none.
+        layers: in a stack of caches, of which one is read; 0 if there is no stack.
+    """
+
+    format: str
+    zero_point: bool
+    dtype: str
+    queries: int
+    t: int
+    d: int
+    mask: int = 1
+    layers: int = 0
+
+    def __str__(self) -> str:
+        """Short, unique and the same in every process."""
+        form = f"{self.format}{'z' if self.zero_point else ''}-{self.dtype}"
+        return f"{form}-{self.queries}x{self.t}x{self.d}-mask{self.mask}-layers{self.layers}"
+
+    def program(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """`cache_attention`, of 8 sequences with caches `(8, T, 8, D)`, and its operands, shapes only."""
+        dtype, lead = jnp.dtype(self.dtype), (self.layers,) if self.layers else ()
+        spec = CacheSpec(FORMATS[self.format], self.zero_point)
+        cache = jax.eval_shape(lambda: kv_cache.zeros((*lead, 8, self.t, 8, self.d), dtype, spec, -1))
+        heads = ((0, 1), (0, 2))
+        scores, result = (Dot((((3,), (axis,)), heads), 1, None, dtype) for axis in (3, 1))
+        steps: Any = (("multiply", 0.125), *([("mask", -math.inf)] if self.mask else []))
+        attend = AttentionSpec(scores, (0, 1, 2, 3), steps, dtype, result)
+        q = jax.ShapeDtypeStruct((8, 8, self.queries, self.d), dtype)
+        mask = jax.ShapeDtypeStruct((8, 1, self.mask, self.t), jnp.bool_) if self.mask else None
+        layer = jax.ShapeDtypeStruct((), jnp.int32) if self.layers else None
+
+        def run(q: Any, keys: Any, values: Any, mask: Any, layer: Any) -> Any:
+            return cache_attention(q, keys, values, mask, attend, None if layer is None else (layer, layer))
+
+        return run, (q, cache, cache, mask, layer)
+
+
+ATTENTION = (
+    *(Attention(format, False, "bfloat16", 4, 8192, 128) for format in ("int8", "int4")),
+    Attention("int8", True, "bfloat16", 1, 1000, 64, mask=0),
+    Attention("int4", True, "float32", 3, 1000, 80, layers=4),
+    Attention("int4", False, "bfloat16", 2048, 4096, 128, mask=2048),
+    Attention("int8", False, "float16", 200, 4096, 256, mask=200),
+    Attention("int2", True, "bfloat16", 8, 4096, 128),
+)
+
+
+def ragged(variant: Variant, order: Any, experts: int = 8, layers: int = 4) -> tuple[Callable[..., Any], Any]:
+    """`quantized_ragged_matmul` of one layer, and its operands, shapes only."""
+    w = variant.weight(order, (layers, experts))
+    w = dataclasses.replace(w, layout=Layout((((experts, "stack"),), *w.layout.axes)))
+    sizes, layer = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((experts,), ()))
+    return lambda x, w, sizes, i: quantized_ragged_matmul(x, w, sizes, layer=i), (variant.x(), w, sizes, layer)
+
+
+RAGGED = (
+    *(Variant("int4", 128, False, "bfloat16", m, 4096, 14336) for m in (16, 256, 4096)),
+    Variant("int8", None, True, "bfloat16", 16, 4096, 14336),
+    Variant("int4", 32, True, "float32", 100, 960, 200),
+)
+"""Of `quantized_ragged_matmul`, with rows of all experts."""
+
 OPTIONS: dict[str, Any] = {"casts": (), "precision": None, "preferred_element_type": None, "transpose": False}
 
 
@@ -340,12 +496,48 @@ def product(kernel: Any, layer: int | None = None, **options: Any) -> Callable[.
     return lambda x, w: kernel.matmul(x, w, layer=layer, **OPTIONS, **options)
 
 
+def integer_product(kernel: Any, dtype: str, layer: int | None = None, **options: Any) -> Callable[..., Any]:
+    """`matmul` of the module of a kernel of `integer_matmul`, as a function of `Variant.codes` and the weight."""
+    return lambda x, scale, zero, w: kernel.matmul(
+        x, scale, zero, w, layer=layer, out_dtype=jnp.dtype(dtype), **options
+    )
+
+
+def fused(kernel: Any, name: str, variant: Variant, order: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """`fused_matmul` of the module of a kernel, with one of `EPILOGUES`, and its operands."""
+    epilogue, how = EPILOGUES[name], {key: OPTIONS[key] for key in OPTIONS if key != "transpose"}
+    shapes = ((1, 1, variant.n), (1, variant.m, variant.n))[: epilogue.others]
+
+    def run(x: Any, weights: Any, others: Any) -> Any:
+        return kernel.fused_matmul(x, weights, others, layers=[None] * len(weights), epilogue=epilogue, **how)
+
+    others = [jax.ShapeDtypeStruct(shape, BF16) for shape in shapes]
+    return run, (variant.x(), [variant.weight(order)] * epilogue.products, others)
+
+
+def joint(variant: Variant, widths: tuple[int, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """`matmul_mosaic_gpu.joint_matmul`, and its operands: weights of these widths."""
+    how = {key: OPTIONS[key] for key in OPTIONS if key != "transpose"}
+
+    def run(x: Any, weights: Any) -> Any:
+        return matmul_mosaic_gpu.joint_matmul(x, weights, layers=[None] * len(weights), **how)
+
+    return run, (variant.x(), [dataclasses.replace(variant, n=n).weight("nk") for n in widths])
+
+
+def transposed(variant: Variant, order: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """`matmul_triton.matmul` with N contracted, and its operands."""
+    options = {**OPTIONS, "transpose": True}
+    x = jax.ShapeDtypeStruct((variant.m, variant.n), jnp.dtype(variant.dtype))
+    return lambda x, w: matmul_triton.matmul(x, w, layer=None, **options), (x, variant.weight(order))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.parse_args()
     print(f"jax {jax.__version__}, jax-cuda13-plugin {importlib.metadata.version('jax-cuda13-plugin')}")
     print("Mosaic GPU, sm_90a:", *("variant", "tiles", "registers", "spilled", "serialized", "instructions"), sep="  ")
-    for variant in VARIANTS:
+    for variant in VARIANTS + CODES:
         _, (kernel,) = compile_counted(product(matmul_mosaic_gpu), variant.x(), variant.weight("nk"), chip="h100")
         rows = variant.m * (2 if variant.dtype == "float32" else 1)
         bits = FORMATS[variant.format].bits
@@ -357,10 +549,46 @@ def main() -> None:
             f"{variant!s:40} {tiles:30} {kernel.registers:4} {kernel.spilled:4} {kernel.serialized!s:6} {each}",
             flush=True,
         )
+    for name, variant in FUSED:
+        function, operands = fused(matmul_mosaic_gpu, name, variant, "nk")
+        _, (kernel,) = compile_counted(function, *operands, chip="h100")
+        print(f"{name} {variant!s:40} {kernel.registers:4} {kernel.spilled:4} {kernel.serialized!s:6}", flush=True)
+    for variant, widths in JOINT:
+        function, operands = joint(variant, widths)
+        _, (kernel,) = compile_counted(function, *operands, chip="h100")
+        print(f"{widths} {variant!s:40} {kernel.registers:4} {kernel.spilled:4} {kernel.serialized!s:6}", flush=True)
     print("Triton, sm_80:")
-    for variant in VARIANTS:
+    for variant in (*VARIANTS, *(variant for variant in CODES if FORMATS[variant.format].bits == 4)):
         compile(product(matmul_triton), variant.x(), variant.weight("kn"), chip="a100")
         print(f"{variant!s:40} compiles", flush=True)
+    print("Integers, Mosaic GPU, sm_90a; with zero points of x:")
+    for variant in INTEGER:
+        w, dtype = variant.weight("nk"), variant.dtype
+        function = integer_product(integer_matmul_mosaic_gpu, dtype)
+        _, (kernel,) = compile_counted(function, *variant.codes(), w, chip="h100")
+        rows = variant.m if variant.m <= 8 else -(-variant.m // 8) * 8
+        blocks = integer_matmul_mosaic_gpu.default_blocks(rows, w, ones=8)
+        each = f"{kernel.loop / kernel.products:.0f} for each of {kernel.products} wgmma" if kernel.products else ""
+        tiles = f"{blocks.m}x{blocks.n}x{blocks.k}/{blocks.ways} x{blocks.stages} splits={blocks.splits}"
+        print(
+            f"{variant!s:40} {tiles:30} {kernel.registers:4} {kernel.spilled:4} {kernel.serialized!s:6} {each}",
+            flush=True,
+        )
+    print("Integers, Triton, sm_80:")
+    for variant in INTEGER:
+        function = integer_product(integer_matmul_triton, variant.dtype)
+        compile(function, *variant.codes(), variant.weight("kn"), chip="a100")
+        print(f"{variant!s:40} compiles", flush=True)
+    programs = [(str(row), row.program()) for row in ATTENTION]
+    programs += [(f"{variant} experts", ragged(variant, "kn")) for variant in RAGGED]
+    for chip in CHIPS:
+        print(f"Attention on packed caches, and experts, Triton, {chip}: registers, spilled:")
+        for name, (function, operands) in programs:
+            with blocks_gpu.target_chip(chip):
+                _, kernels = compile_triton_counted(function, *operands, chip=chip)
+            counted = [kernel for kernel in kernels if kernel.name in ("cache_attention", "quantized_ragged_matmul")]
+            numbers = f"{counted[0].registers:4} {counted[0].spilled:4}" if counted else "no ptxas"
+            print(f"{name:50} {numbers}", flush=True)
 
 
 if __name__ == "__main__":

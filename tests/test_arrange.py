@@ -79,7 +79,37 @@ def test_restored_in_the_order_of_a_chip(converted, tmp_path):
 
 @pytest.mark.parametrize("chip", ["v5e", "7x", "a100"])
 def test_other_chips_read_what_convert_gives(converted, chip: str):
-    assert qjax.arrange(converted[1], chip) is converted[1]
+    before, after = jax.tree.leaves(converted[1]), jax.tree.leaves(qjax.arrange(converted[1], chip))
+    assert all(a is b for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("spec", "chip", "stored"),
+    [
+        (qjax.int2(group=32, scale=qjax.AbsMax(), zero_point=True), "h100", "int4z/g32"),
+        (qjax.int3(group=32, scale=qjax.AbsMax()), "a100", "int4/g32"),
+        (qjax.int6(group=64, scale=qjax.AbsMax()), "h100", "int8/g64"),
+        (qjax.nf4(group=64, scale=qjax.AbsMax(), double_quant=True), "a100", "nf4/g64"),
+    ],
+    ids=str,
+)
+def test_narrow_codes_are_widened_and_every_value_keeps_its_bits(spec, chip: str, stored: str):
+    q = qjax.quantize(Mlp(), spec)
+    packed = q.convert(Mlp().init(jax.random.key(0), X), X)
+    arranged = qjax.arrange(packed, chip)
+    before, after = (v["params"]["wide"]["kernel"] for v in (packed, arranged))
+    assert str(after.spec) == stored
+    assert after.nbytes > before.nbytes
+    np.testing.assert_array_equal(before.dequantize(), after.dequantize())
+    expected, actual = (np.asarray(q.apply(v, X), np.float32) for v in (packed, arranged))
+    np.testing.assert_allclose(actual, expected, atol=2e-2 * np.abs(expected).max())
+
+
+def test_what_no_kernel_takes_stays(converted):
+    q = qjax.quantize(Mlp(), qjax.int3(group=20, scale=qjax.AbsMax()))  # no multiple of 32
+    packed = q.convert(Mlp().init(jax.random.key(0), X), X)
+    before, after = jax.tree.leaves(packed), jax.tree.leaves(qjax.arrange(packed, "h100"))
+    assert all(a is b for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize(

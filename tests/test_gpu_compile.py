@@ -9,15 +9,27 @@ import math
 import re
 from typing import Any
 
+import bench_decode
 import gpu_compile
 import jax
 import jax.numpy as jnp
 import pytest
-from gpu_compile import VARIANTS, Variant
+from gpu_compile import ATTENTION, INTEGER, RAGGED, VARIANTS, Attention, Variant
+from jax.extend.core import primitives as prims
 
-from pallas_kernels import matmul_gpu, matmul_mosaic_gpu, matmul_triton
+import qjax
+from pallas_kernels import (
+    integer_matmul_mosaic_gpu,
+    integer_matmul_triton,
+    matmul_gpu,
+    matmul_mosaic_gpu,
+    matmul_triton,
+)
 from pallas_kernels.blocks_gpu import target_chip
+from pallas_kernels.epilogue import OPERATIONS, Constant, Epilogue, Step
+from pallas_kernels.integer_matmul import integer_matmul
 from pallas_kernels.qtensor import QTensor
+from pallas_kernels.take import quantized_take
 
 if not gpu_compile.available():
     pytest.skip("JAX's CUDA plugin is not installed, or no ptxas (scripts/gpu_compile.py)", allow_module_level=True)
@@ -25,7 +37,7 @@ if not gpu_compile.available():
 MOSAIC, TRITON = "mosaic_gpu_v2", "__gpu$xla.gpu.triton"
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS + gpu_compile.CODES, ids=str)
 def test_mosaic_gpu_compiles_without_spills(variant: Variant):
     with target_chip("h100"):
         compiled, (kernel,) = gpu_compile.compile_counted(
@@ -52,6 +64,85 @@ def test_spills_are_found():
 def test_triton_compiles(variant: Variant, chip: str, order: str):
     compiled = gpu_compile.compile(gpu_compile.product(matmul_triton), variant.x(), variant.weight(order), chip=chip)
     assert f'custom_call_target="{TRITON}"' in compiled.as_text()
+
+
+@pytest.mark.parametrize(("name", "variant"), gpu_compile.FUSED, ids=str)
+def test_epilogues_compile_without_spills(name: str, variant: Variant):
+    with target_chip("h100"):
+        function, operands = gpu_compile.fused(matmul_mosaic_gpu, name, variant, "nk")
+        _, (kernel,) = gpu_compile.compile_counted(function, *operands, chip="h100")
+    assert kernel.spilled == 0
+    assert not kernel.serialized
+
+
+@pytest.mark.parametrize(("variant", "widths"), gpu_compile.JOINT, ids=str)
+def test_joint_products_compile_without_spills(variant: Variant, widths: tuple[int, ...]):
+    with target_chip("h100"):
+        function, operands = gpu_compile.joint(variant, widths)
+        _, (kernel,) = gpu_compile.compile_counted(function, *operands, chip="h100")
+    assert kernel.spilled == 0
+    assert not kernel.serialized
+
+
+def triton_programs() -> list[Any]:
+    rows = [
+        (str(v), lambda v=v: (gpu_compile.product(matmul_triton), (v.x(), v.weight("nk")))) for v in gpu_compile.CODES
+    ]
+    rows += [
+        (f"{v}-{o}", lambda v=v, o=o: gpu_compile.transposed(v, o))
+        for v, o in zip(gpu_compile.TRANSPOSED, ("kn", "nk"), strict=True)
+    ]
+    fused = (gpu_compile.FUSED[i] for i in (0, 3, 6))
+    rows += [(f"{name}-{v}", lambda n=name, v=v: gpu_compile.fused(matmul_triton, n, v, "kn")) for name, v in fused]
+    return [pytest.param(make, id=name) for name, make in rows]
+
+
+@pytest.mark.parametrize("make", triton_programs())
+def test_triton_compiles_what_else_it_takes(make: Any):
+    with target_chip("h100"):
+        function, operands = make()
+        compiled = gpu_compile.compile(function, *operands, chip="h100")
+    assert f'custom_call_target="{TRITON}"' in compiled.as_text()
+
+
+def every_operation(missing: set[Any]) -> Epilogue:
+    """Each operation of an epilogue that a kernel has, one after the other."""
+    f32, steps = jnp.dtype(jnp.float32), []
+
+    def add(primitive: Any, *operands: Any, dtype: Any = f32, **params: Any) -> int:
+        steps.append(Step(primitive, operands, tuple(params.items()), dtype))
+        return len(steps)
+
+    value, zero, half = 0, Constant(0.0, f32), Constant(0.5, f32)
+    for primitive in [one for one in OPERATIONS if one not in missing]:
+        name = primitive.name
+        if name in ("eq", "ne", "lt", "le", "gt", "ge"):
+            truth = add(primitive, value, zero, dtype=jnp.dtype(bool))
+            value = add(prims.select_n_p, truth, half, value)
+            value = add(prims.add_p, value, add(prims.convert_element_type_p, truth))
+        elif name in ("add", "sub", "mul", "div", "max", "min"):
+            value = add(primitive, half, add(primitive, value, half))
+        elif name == "clamp":
+            value = add(primitive, zero, value, half)
+        elif name == "integer_pow":
+            value = add(primitive, add(primitive, value, y=-1), y=3)
+        elif name != "select_n":
+            inexact = name in ("exp", "log", "log1p", "tanh", "logistic", "sqrt", "rsqrt", "expm1")
+            value = add(primitive, value, **({"accuracy": None} if inexact else {}))
+    return Epilogue(f32, 1, 0, tuple(steps), value)
+
+
+@pytest.mark.parametrize("kernel", [matmul_mosaic_gpu, matmul_triton], ids=lambda kernel: kernel.__name__)
+def test_every_operation_of_an_epilogue_compiles(kernel: Any, monkeypatch: pytest.MonkeyPatch):
+    epilogue = every_operation(kernel._MISSING)
+    assert kernel.unsupported_epilogue(epilogue) is None
+    assert kernel.unsupported_epilogue(every_operation(set())) is not None
+    monkeypatch.setitem(gpu_compile.EPILOGUES, "all", epilogue)
+    variant = Variant("int4", 128, False, "bfloat16", 8, 256, 64)  # few registers, each of which goes through all of it
+    with target_chip("h100"):
+        function, operands = gpu_compile.fused(kernel, "all", variant, "nk")
+        compiled = gpu_compile.compile(function, *operands, chip="h100")
+    assert any(f'custom_call_target="{name}"' in compiled.as_text() for name in (MOSAIC, TRITON))
 
 
 # --- Scanned layers -------------------------------------------------------------------------------------------------
@@ -95,6 +186,188 @@ def test_scanned_layers_read_the_packed_stack_in_place(chip: str, order: str, ca
     assert all(text.count(f'custom_call_target="{call}"') == 1 for text in texts)
     assert moved(texts[0], w) == []
     assert moved(texts[1], w)  # what is looked for is there when layers are sliced out
+
+
+# --- Integers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [INTEGER[i] for i in (0, 3, 5, 6, 8, 9, 10)], ids=str)
+def test_integer_mosaic_gpu_compiles_without_spills(variant: Variant):
+    with target_chip("h100"):
+        _, (kernel,) = gpu_compile.compile_counted(
+            gpu_compile.integer_product(integer_matmul_mosaic_gpu, variant.dtype),
+            *variant.codes(),
+            variant.weight("nk"),
+            chip="h100",
+        )
+    assert kernel.spilled == 0
+    assert not kernel.serialized
+
+
+@pytest.mark.parametrize("m", [24, 40, 72])
+def test_wgmma_multiplies_integers_with_so_many_rows(m: int):
+    """It takes fewer sizes than for floats; here with eight rows of ones."""
+    variant = Variant("int4", None, False, "bfloat16", m, 128, 64)
+    blocks = integer_matmul_mosaic_gpu.Blocks(m=m, n=64, k=128, ways=1, stages=2, splits=1)
+    product = gpu_compile.integer_product(integer_matmul_mosaic_gpu, variant.dtype, blocks=blocks)
+    gpu_compile.compile(product, *variant.codes(), variant.weight("nk"), chip="h100")
+
+
+@pytest.mark.parametrize(("chip", "order"), [("a100", "nk"), ("h100", "kn")])
+@pytest.mark.parametrize("variant", [INTEGER[i] for i in (3, 10)], ids=str)
+def test_integer_triton_compiles(variant: Variant, chip: str, order: str):
+    product = gpu_compile.integer_product(integer_matmul_triton, variant.dtype)
+    compiled = gpu_compile.compile(product, *variant.codes(), variant.weight(order), chip=chip)
+    assert f'custom_call_target="{TRITON}"' in compiled.as_text()
+
+
+@pytest.mark.parametrize(("chip", "order", "call"), [("h100", "nk", MOSAIC), ("a100", "kn", TRITON)])
+def test_scanned_layers_multiply_integers_with_the_packed_stack_in_place(chip: str, order: str, call: str):
+    variant = Variant("int4", 128, False, "bfloat16", 1, 4096, 4096)
+
+    def layers(x: Any, scale: Any, zero: Any, w: QTensor) -> Any:
+        def layer(scale: Any, i: Any) -> Any:
+            out = integer_matmul(x, scale, zero, w, layer=i)
+            return jnp.max(jnp.abs(out), axis=-1, keepdims=True), None
+
+        return jax.lax.scan(layer, scale, jnp.arange(LAYERS))[0]
+
+    w = variant.weight(order, (LAYERS,))
+    with target_chip(chip):
+        text = gpu_compile.compile(layers, *variant.codes(), w, chip=chip).as_text()
+    assert text.count(f'custom_call_target="{call}"') == 1
+    assert moved(text, w) == []
+
+
+# --- A whole model --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_of_a_decoder_is_a_kernel_for_each_product():
+    """q, k and v; out; gate and up; down; the head. Nothing is as large as a layer beside the arguments."""
+    config = bench_decode.config_of(dry=False)  # Llama 3 8B
+    model = bench_decode.model_of("int4 g128", config)
+    shapes = bench_decode.shapes_of(model, config, 1)
+    params = jax.eval_shape(lambda params: qjax.arrange(params, "h100"), shapes["params"])
+    inputs = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    with target_chip("h100"):
+        step = bench_decode.step_of(model)
+        compiled = gpu_compile.compile(step, {"params": params}, {"cache": shapes["cache"]}, *inputs, chip="h100")
+    text = compiled.as_text()
+    assert text.count(f'custom_call_target="{MOSAIC}"') == 5
+    joint = re.findall(rf'= \((\S+), (\S+), (\S+)\) custom-call\(.*custom_call_target="{MOSAIC}"', text)
+    assert [[re.sub(r"\{.*", "", out) for out in outs] for outs in joint] == [
+        ["bf16[1,1,1,4096]", "bf16[1,1,1,1024]", "bf16[1,1,1,1024]"]
+    ]
+    assert compiled.memory_analysis().temp_size_in_bytes < 10e6
+
+
+# --- Packed caches --------------------------------------------------------------------------------------------------
+
+
+def counted(program: tuple[Any, Any], chip: str, name: str) -> tuple[str, gpu_compile.Kernel | None]:
+    """The program's text, and what its one Triton kernel was compiled to; nothing of that without `ptxas`."""
+    with target_chip(chip):
+        compiled, kernels = gpu_compile.compile_triton_counted(program[0], *program[1], chip=chip)
+    text = compiled.as_text()
+    assert text.count(f'custom_call_target="{TRITON}"') == 1
+    return text, next((kernel for kernel in kernels if kernel.name == name), None)
+
+
+def written(text: str, least: int) -> list[str]:
+    """Instructions outside of fusions that write arrays of so many elements."""
+    found = []
+    for dtype, shape, name in _INSTRUCTION.findall(text[text.index("\nENTRY") :]):
+        if math.prod(int(d) for d in shape.split(",") if d) >= least and name not in _MOVES_NOTHING:
+            found.append(f"{name} {dtype}[{shape}]")
+    return found
+
+
+@pytest.mark.parametrize("chip", gpu_compile.CHIPS)
+@pytest.mark.parametrize("row", [ATTENTION[i] for i in (0, 3, 4, 5)], ids=str)
+def test_attention_on_packed_caches_compiles_without_spills(row: Attention, chip: str):
+    """The caches are read as they are stored: nothing of their size is written."""
+    program = row.program()
+    text, kernel = counted(program, chip, "cache_attention")
+    assert kernel is None or kernel.spilled == 0
+    if row.queries < 100:
+        assert written(text, program[1][1].codes.size // max(1, row.layers) // 8) == []
+
+
+def attend(q: Any, keys: Any, values: Any, i: Any) -> Any:
+    """Grouped queries (B, K, G, D) on caches (B, T, K, D) up to position i."""
+    scores = jnp.einsum("bkgd,btkd->bkgt", q, keys) / q.shape[-1] ** 0.5
+    p = jax.nn.softmax(jnp.where(jnp.arange(keys.shape[1]) <= i, scores, -1e9).astype(jnp.float32))
+    return jnp.einsum("bkgt,btkd->bkgd", p.astype(q.dtype), values)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_scanned_layers_update_and_read_packed_caches_in_place(format: str):
+    """A decode step copies no cache: not out of the stack of layers, not back into it."""
+    layers, b, t, heads, d = 3, 4, 4096, 8, 128
+    shape = jax.ShapeDtypeStruct
+    floats = {name: shape((layers, b, t, heads, d), jnp.bfloat16) for name in ("keys", "values")}
+    x, i = shape((b, 1, heads, d), jnp.bfloat16), shape((), jnp.int32)
+
+    def decode(params: Any, caches: Any, x: Any, i: Any) -> Any:
+        def layer(x: Any, own: Any) -> Any:
+            own = {name: jax.lax.dynamic_update_slice_in_dim(own[name], x, i, axis=1) for name in own}
+            q = (x[:, 0] @ params["queries"]).reshape(b, heads, 4, d)
+            return x + attend(q, own["keys"], own["values"], i).sum(2)[:, None], own
+
+        return jax.lax.scan(layer, x, caches)
+
+    params = {"queries": shape((d, 4 * d), jnp.bfloat16)}
+    q = qjax.quantize(decode, [qjax.Rule("**")], kv_cache={"0/**": format})
+    entries = q.plan(params, floats, x, i).caches
+    packed = jax.eval_shape(lambda: {name: entries[f"0/{name}"].pack(floats[name]) for name in floats})
+    with target_chip("h100"):
+        compiled = gpu_compile.compile(jax.jit(q.apply, donate_argnums=1), params, packed, x, i, chip="h100")
+    memory, stored = compiled.memory_analysis(), sum(cache.nbytes for cache in packed.values())
+    assert compiled.as_text().count(f'custom_call_target="{TRITON}"') == 1
+    assert memory.alias_size_in_bytes >= stored
+    assert memory.temp_size_in_bytes < stored / layers / 5
+
+
+# --- Experts and lookups --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("order", "chip"), [("kn", "h100"), ("nk", "a100")])
+@pytest.mark.parametrize("variant", [RAGGED[i] for i in (0, 3)], ids=str)
+def test_experts_compile_without_spills(variant: Variant, order: str, chip: str):
+    """The layer and the experts are read in the packed stack."""
+    program = gpu_compile.ragged(variant, order)
+    text, kernel = counted(program, chip, "quantized_ragged_matmul")
+    assert kernel is None or kernel.spilled == 0
+    _, w, *_ = program[1]
+    assert written(text, w.words.size // 32) == []
+
+
+def test_experts_of_a_batched_product_are_read_in_the_packed_stack():
+    """Each with as many rows: `quantized_matmul` of a stack."""
+    variant = Variant("int4", 128, False, "bfloat16", 16, 4096, 4096)
+    _, (_, w, *_) = gpu_compile.ragged(variant, "kn")
+    x = jax.ShapeDtypeStruct((8, 16, 4096), jnp.bfloat16)
+
+    def product(x: Any, w: QTensor, i: Any) -> Any:
+        return matmul_gpu.matmul(x, w, layer=i, **gpu_compile.OPTIONS)
+
+    with target_chip("a100"):
+        text = gpu_compile.compile(product, x, w, jax.ShapeDtypeStruct((), jnp.int32), chip="a100").as_text()
+    assert text.count(f'custom_call_target="{TRITON}"') == 1
+    assert written(text, w.words.size // 32) == []
+
+
+@pytest.mark.parametrize("format", ["int4", "nf4", "int8"])
+def test_lookups_read_the_rows_they_need(format: str):
+    """Of words and scales, nothing but a gather reads anything, and it is part of what dequantizes the rows."""
+    w = Variant(format, 64, False, "bfloat16", 16, 1024, 100_000).weight("nk")
+    indices = jax.ShapeDtypeStruct((16,), jnp.int32)
+    text = gpu_compile.compile(quantized_take, w, indices, chip="h100").as_text()
+    fused, entry = text.split("\nENTRY")
+    tables = re.findall(r"%([\w.\-]+) = \w+\[100000,\d+\]\S* parameter\(", fused)
+    readers = [re.findall(rf" ([\w\-]+)\([^)]*%{re.escape(table)}[,)]", fused) for table in tables]
+    assert readers == [["gather"]] * 2
+    assert set(re.findall(r" (\w+)\(%[\w.\-]+[,)]", entry)) == {"fusion"}
 
 
 def test_errors_name_what_is_missing():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -21,7 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import blocks_gpu, gpu_operands, matmul_gpu, matmul_mosaic_gpu, matmul_reference, matmul_triton
+from pallas_kernels import (
+    blocks_gpu,
+    gpu_operands,
+    matmul_gpu,
+    matmul_mosaic_gpu,
+    matmul_reference,
+    matmul_triton,
+    tile_mosaic_gpu,
+)
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
 from pallas_kernels.qtensor import Layout, QTensor, quantize, reorder
 
@@ -46,10 +55,11 @@ class Case:
     stack: int | None = None
     layer: int | None = None
     order: Any = "nk"
+    transpose: bool = False
 
     def __str__(self) -> str:
         fields = (self.format + ("z" if self.zero_point else ""), self.granularity, jnp.dtype(self.dtype).name)
-        stack = f"{self.stack or ''}{'' if self.layer is None else f'l{self.layer}'}"
+        stack = f"{self.stack or ''}{'' if self.layer is None else f'l{self.layer}'}{'T' if self.transpose else ''}"
         return "-".join(map(str, (*fields, f"{self.m}x{self.k}x{self.n}", self.order, stack)))
 
     def operands(self) -> tuple[jax.Array, QTensor]:
@@ -66,18 +76,21 @@ class Case:
         lead = () if self.layer is None else (3,)
         values = 0.3 + generator.standard_normal((*lead, *experts, self.k, self.n))  # zero points are not near 0
         w = jax.jit(lambda w: quantize(w, spec, layout, self.order))(jnp.asarray(values, self.dtype))
-        return jnp.asarray(generator.standard_normal((*experts, self.m, self.k)), self.dtype), w
+        inner = self.n if self.transpose else self.k
+        return jnp.asarray(generator.standard_normal((*experts, self.m, inner)), self.dtype), w
 
     def errors(self, kernel: Any) -> tuple[float, float]:
         """The largest error as part of the documented bound, and the error of all as part of the result, in eps."""
         x, w = self.operands()
-        assert kernel.unsupported(x, w, (), x.dtype) is None
-        run = functools.partial(kernel.matmul, layer=self.layer, blocks=self.blocks, interpret=True, **OPTIONS)
+        how = {**OPTIONS, "transpose": self.transpose}
+        assert kernel.unsupported(x, w, (), x.dtype, transpose=self.transpose) is None
+        run = functools.partial(kernel.matmul, layer=self.layer, blocks=self.blocks, interpret=True, **how)
         got = jax.jit(run, compiler_options={"xla_allow_excess_precision": False})(x, w)
         assert got.dtype == x.dtype
         exact = np.asarray(x, np.float64)
         weights = np.asarray(w.dequantize(), np.float64)
         weights = weights if self.layer is None else weights[self.layer]
+        weights = np.swapaxes(weights, -1, -2) if self.transpose else weights
         want, eps = exact @ weights, float(jnp.finfo(gpu_operands.operand_dtype(x.dtype, (w.dtype,))).eps)
         error = np.abs(np.asarray(got, np.float64) - want)
         assert error.shape == want.shape
@@ -101,6 +114,10 @@ MOSAIC = (
     Case(6, 256, 64, "int4", PerGroup(128), G(8, 64, 128, 1, 2, 1), dtype=F16, scale="float16", zero_point=True),
     Case(11, 512, 64, "int4", PerChannel(), G(24, 64, 256, 2, 2, 2), dtype=F32, scale="float32", zero_point=True),
     Case(4, 256, 64, "int8", PerGroup(32), None, dtype=F32),
+    Case(3, 128, 64, "nf4", PerGroup(64), G(8, 64, 128, 1, 2, 1)),
+    Case(3, 128, 64, "fp4_e2m1", PerGroup(32), G(8, 64, 128, 1, 2, 1), dtype=F16, scale="float16", layer=1),
+    Case(3, 128, 64, "fp8_e4m3", PerGroup(64), G(8, 64, 128, 1, 2, 1)),
+    Case(3, 128, 64, "fp8_e5m2", PerChannel(), G(8, 64, 128, 1, 2, 1), scale="float32"),
 )
 
 
@@ -111,14 +128,19 @@ def run_mosaic() -> None:
         print(json.dumps(case.errors(matmul_mosaic_gpu)), flush=True)
 
 
-@pytest.fixture(scope="module")
-def mosaic_errors() -> list[tuple[float, float]]:
+def run_apart(code: str) -> list[Any]:
+    """What the code prints, a value of JSON in each line, in a process whose interpreter has enough threads."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "NPROC": "32"}
-    command = [sys.executable, "-c", "import test_matmul_gpu; test_matmul_gpu.run_mosaic()"]
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def mosaic_errors() -> list[tuple[float, float]]:
+    return run_apart("import test_matmul_gpu; test_matmul_gpu.run_mosaic()")
 
 
 interprets = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 does not interpret the kernel")
@@ -173,6 +195,43 @@ def test_every_multiprocessor_has_work():
         assert 100 <= -(-n // blocks.n) * blocks.splits <= 132
 
 
+def _permuted(a: int, b: int, selector: int) -> int:
+    """`prmt.b32` in its default mode, as the manual of PTX defines it."""
+    data = [(word >> 8 * i) & 0xFF for word in (a, b) for i in range(4)]
+    names = [(selector >> 4 * i) & 0xF for i in range(4)]
+    assert max(names) < 8  # a higher one would repeat a sign
+    return sum(data[name] << 8 * i for i, name in enumerate(names))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("format", ["nf4", "fp4_e2m1"])
+def test_bytes_picked_by_codes_are_the_values_of_the_codebook(format: str, dtype: Any):
+    """What the kernel does with registers, which the interpreter does not do, in integers."""
+    values = FORMATS[format].values
+
+    def permute(a: int, b: int, selector: int) -> int:
+        return _permuted(a, b, selector & 0xFFFF)
+
+    do = tile_mosaic_gpu.Instructions(permute, operator.and_, operator.or_, operator.rshift, lambda value: value)
+    codes = np.random.default_rng(0).permutation(np.repeat(np.arange(16), 8)).reshape(-1, 8)  # each code in each place
+    codes = np.concatenate([codes, (np.arange(8) + np.arange(16)[:, None]) % 16])
+    for eight in codes:
+        word = sum(int(code) << 4 * i for i, code in enumerate(eight))
+        found = tile_mosaic_gpu.pairs(word, tile_mosaic_gpu.byte_tables(values, dtype), do)
+        bits = np.array([half for pair in found for half in (pair & 0xFFFF, pair >> 16)], np.uint16)
+        np.testing.assert_array_equal(bits.view(dtype), np.asarray(values, dtype)[eight])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_registers_are_looked_up_in_a_program_for_a_gpu(dtype: Any):
+    """Which the interpreter does not do either; `test_gpu_compile` compiles it, on the oldest JAX."""
+    x, w = shapes(Case(8, 128, 64, "nf4", PerGroup(64), None, dtype=dtype))
+    with blocks_gpu.target_chip("h100"):
+        product = jax.jit(functools.partial(matmul_mosaic_gpu.matmul, layer=None, **OPTIONS))
+        text = product.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu_v2" in text
+
+
 # --- Triton ---------------------------------------------------------------------------------------------------------
 
 T = matmul_triton.Blocks
@@ -181,6 +240,13 @@ TRITON = (
     Case(20, 128, 40, "int8", PerChannel(), T(32, 32, 64, 2, 4, 2), zero_point=True, layer=1, order="kn"),
     Case(3, 96, 40, "int4", PerGroup(32), None, dtype=F32, stack=2, zero_point=True),
     Case(17, 160, 33, "int8", PerTensor(), T(16, 16, 32, 1, 4, 2), dtype=F16, scale="float16", layer=-2),
+    Case(5, 200, 70, "nf4", PerGroup(64), None, order="kn"),
+    Case(3, 96, 40, "fp4_e2m1", PerGroup(32), None, dtype=F32, layer=2),
+    Case(9, 128, 40, "fp8_e4m3", PerGroup(64), None, order="kn", stack=2),
+    Case(4, 70, 40, "fp8_e5m2", PerChannel(), None),
+    Case(5, 200, 70, "int4", PerGroup(64), None, order="kn", zero_point=True, transpose=True),
+    Case(20, 96, 130, "nf4", PerGroup(32), T(16, 32, 32, 2, 4, 2), layer=1, stack=2, transpose=True),
+    Case(3, 160, 40, "int8", PerTensor(), None, dtype=F32, transpose=True),
 )
 
 
@@ -219,13 +285,13 @@ def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
             assert kernel is matmul_triton
             assert reason in why
         for other, reason in (
-            (dataclasses.replace(plain, format="nf4"), "int4 and int8"),
+            (dataclasses.replace(plain, format="int3"), "widens int3"),
             (dataclasses.replace(plain, granularity=PerGroup(20)), "multiple of 32"),
         ):
             kernel, why = matmul_gpu._choose(*shapes(other), (), BF16, None, False)
             assert kernel is None
             assert reason in why
-        assert matmul_gpu._choose(x, w, (), BF16, None, True)[0] is None
+        assert matmul_gpu._choose(x, w, (), BF16, None, True)[0] is matmul_triton
         x32, w32 = shapes(dataclasses.replace(plain, dtype=F32))
         assert matmul_gpu._choose(x32, w32, (), F32, None, False)[0] is matmul_mosaic_gpu
         assert matmul_gpu._choose(x32, w32, (), F32, jax.lax.Precision.HIGHEST, False)[0] is None

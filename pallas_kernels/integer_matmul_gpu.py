@@ -1,0 +1,45 @@
+"""`integer_matmul` on NVIDIA GPUs: which kernel a product runs on.
+
+`integer_matmul_mosaic_gpu` on Hopper, where the words of a column lie together (order "nk"); `integer_matmul_triton` on
+Ampere and later for everything else that it takes; the reference for the rest. `kernel` says which, and why. All of
+them give the same bits.
+
+x comes as codes. They are made before, by XLA: for a scale for each token it reads x twice, for its extremes and to
+round it, and writes a byte for each value: 5 bytes for each value of a bfloat16 x, 3 where the range is known, and
+nothing for what it fuses with the operation before. On an H100 that takes as long, from memory, as the product with
+some 1500 columns would at its peak: with several matmuls that share an input, it is done once.
+
+**Only in `target_chip`**, as the kernels of `matmul_gpu`: none of them has run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pallas_kernels import blocks_gpu, tile_triton
+from pallas_kernels.matmul_gpu import HOPPER
+from pallas_kernels.qtensor import QTensor
+
+
+def kernel(x: Any, w: QTensor, out_dtype: Any) -> tuple[Any, str | None]:
+    """The module whose `matmul` computes a product, or None, and what speaks against a faster one.
+
+    Args:
+        x: codes of the activations, or anything with their shape.
+        w: the packed weight; arrays or anything with a shape and a dtype.
+        out_dtype: of the result.
+    """
+    chip = blocks_gpu.asked_for()
+    reason = None
+    if chip is not None and chip.capability == HOPPER:
+        from pallas_kernels import integer_matmul_mosaic_gpu  # a backend that every other platform can do without
+
+        reason = integer_matmul_mosaic_gpu.unsupported(x, w, out_dtype)
+        if reason is None:
+            return integer_matmul_mosaic_gpu, None
+    if slower := tile_triton.unavailable():
+        return None, slower
+    from pallas_kernels import integer_matmul_triton
+
+    slower = integer_matmul_triton.unsupported(x, w, out_dtype)
+    return (None, slower) if slower else (integer_matmul_triton, reason)
