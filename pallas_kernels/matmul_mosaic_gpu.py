@@ -404,6 +404,8 @@ def candidates(
         blocks = Blocks(m=height, n=ROWS * columns, k=ways * part, ways=ways, stages=2, splits=1)
         if blocks.n > n or (blocks.k > k and blocks.k > _PART) or height > _tallest(blocks, beside):
             continue
+        if bits == 8 and parts == 2 and blocks.warpgroups == 4 and height > 16:
+            continue  # products would wait for each other, for want of registers: scripts/prefilter_gpu.py found it
         left = _SMEM - _smem(blocks, bits, out_dtype, 0, beside)
         stages = min(8, left // _smem(blocks, bits, None, 1, beside))
         if stages >= 2:
