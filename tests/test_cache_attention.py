@@ -29,6 +29,8 @@ from passes.kv_cache import plan_given
 from passes.replay import replay
 from passes.trace import trace
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 

@@ -20,6 +20,8 @@ from pallas_kernels.cache_dot import cache_dot_general
 from pallas_kernels.formats import FORMATS
 from pallas_kernels.kv_cache import CacheSpec, QCache
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 BF16, F32 = jnp.bfloat16, jnp.float32
 # Each program runs once. Excess precision would drop the rounding to bfloat16 that an interpreted kernel asks for.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_allow_excess_precision": False}

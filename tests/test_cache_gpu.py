@@ -26,6 +26,8 @@ from pallas_kernels.formats import FORMATS
 from pallas_kernels.kv_cache import CacheSpec, QCache
 from passes import attention
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 

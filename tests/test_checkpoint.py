@@ -22,6 +22,8 @@ from jax.sharding import PartitionSpec as P
 import qjax
 from pallas_kernels.qtensor import QTensor, is_packed
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 X = np.linspace(-1, 1, 3 * 16, dtype=np.float32).reshape(3, 16)
 RECIPES = {
     "int4": qjax.int4(group=8, scale=qjax.AbsMax()),

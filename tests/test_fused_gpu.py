@@ -26,6 +26,8 @@ from pallas_kernels.epilogue import Constant, Epilogue, Step
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
 from pallas_kernels.qtensor import Layout, QTensor, quantize
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 HOW: dict[str, Any] = {"casts": (), "precision": None, "preferred_element_type": None}
 

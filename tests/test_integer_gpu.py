@@ -32,6 +32,8 @@ from pallas_kernels import (
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
 from pallas_kernels.qtensor import Layout, QTensor, quantize
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 ROOT = Path(__file__).resolve().parent.parent
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 

@@ -34,6 +34,8 @@ from pallas_kernels import (
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
 from pallas_kernels.qtensor import Layout, QTensor, quantize, reorder
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 ROOT = Path(__file__).resolve().parent.parent
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 OPTIONS: dict[str, Any] = {"casts": (), "precision": None, "preferred_element_type": None, "transpose": False}

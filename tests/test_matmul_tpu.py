@@ -26,6 +26,8 @@ from pallas_kernels.matmul_tpu import Blocks
 from pallas_kernels.packing import PLANES
 from pallas_kernels.qtensor import Layout, QTensor, quantize
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 BF16, F32 = jnp.bfloat16, jnp.float32
 # Each program runs once. Excess precision would drop the rounding to bfloat16 that an interpreted kernel asks for.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_allow_excess_precision": False}

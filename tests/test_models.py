@@ -138,6 +138,13 @@ def of_its_own(request) -> None:
         pytest.skip("the Linen model is tested; QJAX_ALL=1 tests this one too")
 
 
+@pytest.fixture
+def no_function(request, of_its_own) -> None:
+    """Leaves out functions: they are about how a weight reaches its product, not about what becomes of the product."""
+    if request.node.callspec.params["case"].startswith("fn_") and not os.environ.get("QJAX_ALL"):
+        pytest.skip("modules are tested; QJAX_ALL=1 tests functions too")
+
+
 @pytest.fixture(scope="module")
 def packed(case: Case) -> Any:
     return case.packed()
@@ -246,7 +253,7 @@ def test_gradients_of_fake_quant_and_packed(case: Case, packed: Any):
     assert any(bool((g != 0).any()) for g in leaves)
 
 
-@pytest.mark.usefixtures("of_its_own")
+@pytest.mark.usefixtures("no_function")
 def test_packed_models_under_vmap_and_scan(case: Case, packed: Any, run: Any):
     """Fake-quant is done to parameters, which the inputs that are mapped do not reach."""
     two = [jnp.stack([jnp.asarray(x), jnp.flip(jnp.asarray(x), 0)]) for x in case.inputs]
@@ -283,7 +290,7 @@ def test_packed_model_runs_eagerly(name: str):
 INTEGER = [qjax.Rule("**", SPEC, qjax.dynamic())]
 
 
-@pytest.mark.usefixtures("of_its_own")
+@pytest.mark.usefixtures("no_function")
 def test_integers_of_training_are_the_integers_served(case: Case):
     """With quantized inputs, training and serving add up the same integers: equal to the last bit."""
     try:

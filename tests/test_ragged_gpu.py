@@ -25,6 +25,8 @@ from pallas_kernels.matmul_triton import Blocks
 from pallas_kernels.qtensor import QTensor, quantize
 from pallas_kernels.ragged_matmul import matmul_reference, quantized_ragged_matmul
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 M, K, N = 75, 192, 70
 SIZES = (20, 0, 35, 12)  # in tiles of 16 rows: two of one expert, three of another, and rows of no expert

@@ -18,6 +18,8 @@ from rich.console import Console
 import qjax
 from qjax.report import Comparison, compare
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 class Classifier(nn.Module):
     @nn.compact

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from pallas_kernels.qtensor import Layout
 from passes.views import View
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
