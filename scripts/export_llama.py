@@ -156,8 +156,9 @@ def report(rows: list[tuple[Case, Result]]) -> str:
         "Arguments are weights, cache and tokens as they lie in the chip's memory, then as a multiple of the bytes of "
         "the arrays. The cache is donated: the new one takes its place. Peak = arguments + temporary + outputs that "
         "are no donated arguments. Kernels: calls of Pallas kernels in the compiled program, those in the body of the "
-        "scan counted once. Temporary is a second copy of the cache, in the float model too: XLA does not update the "
-        "stack of caches that the scan over layers reads and writes in place."
+        "scan counted once. Of a bfloat16 cache, temporary is a second copy, in the float model too: XLA does not "
+        "update the stack of caches that the scan over layers reads and writes in place. Packed caches are updated in "
+        "their stack."
     )
     columns = {
         "weights": lambda c, r: {None: "bfloat16", "int4": "int4/g128", "int8": "int8/channel"}[c.recipe],
