@@ -56,6 +56,9 @@ from pallas_kernels.kv_cache import CacheSpec
 from pallas_kernels.qtensor import Layout, QTensor, quantize
 from pallas_kernels.ragged_matmul import quantized_ragged_matmul
 
+# With the plugin installed JAX would look for a GPU, and fail where there is none.
+jax.config.update("jax_platforms", "cpu")
+
 # GpuTargetConfigProto, from the public numbers of each chip.
 _TARGET = """
 gpu_device_info {{

@@ -100,7 +100,6 @@ def write(path: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
     gpu_compile.compile(lambda x: x + 1, jax.ShapeDtypeStruct((8,), "float32"), chip="h100")  # or says what is missing
     work = [(form, group, blocks) for form, group in WEIGHTS for blocks in tiles(FORMATS[form].bits)]
     rows = [compiled(*one) for one in track(work, "compiling")]
