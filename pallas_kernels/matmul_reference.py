@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -16,6 +17,11 @@ def pick_layer(w: QTensor, layer: Int[Array, ""] | int | None) -> QTensor:
     if layer is None:
         return w
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, 0, keepdims=False), w)
+
+
+def result_dtype(x: Any, w: QTensor, casts: tuple[Any, ...], preferred_element_type: Any) -> jnp.dtype:
+    """The dtype of a product; x is anything with a dtype."""
+    return jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, (w.dtype, *casts)[-1]))
 
 
 def weight_matrix(w: QTensor, casts: tuple[Any, ...]) -> Float[Array, "*stack K N"]:

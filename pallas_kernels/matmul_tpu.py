@@ -22,11 +22,17 @@ registers.
 multiplied as `code + 136`, which their bits almost are (`tile_tpu.biased_codes`), and 136 times the sum of x is taken
 off each sum over 128 of them. That costs some eight of the 24 bits of float32: twice as many as bfloat16 has remain.
 
+**Codebooks.** Chips that gather bytes look up four values at a time (`tile_tpu.gathered_codes`). Their values are
+rounded to bfloat16 wherever scales go, and come in another order along K, in which x then is too.
+
+**Deep matrix units.** Where they are 256 deep, groups of 128 or fewer go through side by side, and tiles with few rows
+of x are multiplied in parts of that depth.
+
 **Precision.** Sums are float32. bfloat16 is multiplied as it is, float32 at default precision rounded to bfloat16 (the
 single pass that XLA makes of it on TPU), float32 at a higher precision as float32. Scales that go in after the product
 multiply sums of exact codes, so that weights are not rounded at all, other than the values of NF4 to bfloat16. From
 `matmul_reference`, which rounds weights, a result differs by at most eps of what is multiplied in each product, as
-`eps * (abs(x) @ abs(w))`.
+`eps * (abs(x) @ abs(w))`; by 1.5 of it where gathered values are scaled before the product and so are rounded twice.
 """
 
 from __future__ import annotations
@@ -43,13 +49,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import blocks_tpu, matmul_reference, numerics, tile_tpu
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.formats import QuantSpec
 from pallas_kernels.packing import WORD_BITS
-from pallas_kernels.qtensor import QTensor
+from pallas_kernels.qtensor import QTensor, layer_index
 from pallas_kernels.tile_tpu import K_MULTIPLE, LANES, SUBLANES
 
 
@@ -107,7 +113,7 @@ def matmul(
         blocks: how to cut the product, if not as `default_blocks` says.
         interpret: runs the kernel as XLA operations, on any platform.
     """
-    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, (w.dtype, *casts)[-1]))
+    out_dtype = matmul_reference.result_dtype(x, w, casts, preferred_element_type)
     how: dict[str, Any] = {"casts": casts, "precision": precision, "preferred_element_type": preferred_element_type}
     if unsupported(x, w, casts, out_dtype):
         return matmul_reference.matmul(x, w, layer=layer, transpose=transpose, **how)
@@ -139,7 +145,7 @@ def fused_matmul(
     """
     w, *_ = weights
     chain, order = (w.dtype, *casts), _order(w)
-    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, chain[-1]))
+    out_dtype = matmul_reference.result_dtype(x, w, casts, preferred_element_type)
     dtype = operand_dtype(x.dtype, chain[-1], precision)
     *stack, m, _ = x.shape
     beside = Beside.of(len(weights), [a.shape for a in others])
@@ -147,7 +153,7 @@ def fused_matmul(
     assert blocks is not None  # `unsupported` asks for fewer rows
     product = Product.of(w, casts, dtype, order, transpose, blocks)
     packed = [Packed.of(w, layer, len(stack), order) for w, layer in zip(weights, layers, strict=True)]
-    x = no_float16(x).reshape(math.prod(stack), m, x.shape[-1])
+    x = product.ordered(no_float16(x).reshape(math.prod(stack), m, x.shape[-1]))
     if epilogue is not None:
         out_dtype = epilogue.out_dtype
     written = jnp.dtype(jnp.float32) if out_dtype == jnp.float16 else out_dtype
@@ -173,8 +179,7 @@ class Packed:
     def of(w: QTensor, layer: Int[Array, ""] | int | None, stack: int, order: str) -> Packed:
         """From a weight with so many axes of a stack."""
         layers = 1 if layer is None else w.words.shape[0]
-        index = jnp.asarray(0 if layer is None else layer, jnp.int32)
-        index = jnp.clip(jnp.where(index < 0, index + layers, index), 0, layers - 1)  # as lax.dynamic_index_in_dim
+        index = layer_index(0 if layer is None else layer, layers)
         words, scales = w.matrix_arrays()
         index_of_scales = index
         if layer is not None and (w.spec.double_quant or scales.values.dtype == jnp.float16):
@@ -235,10 +240,12 @@ def operand_dtype(x: Any, weight: Any, precision: Any) -> jnp.dtype:
 # A kernel has 16 MiB of VMEM on every chip, if it asks for no more; what `_vmem` does not count gets the rest.
 _VMEM = 11 * 2**20
 MOST_M, _MOST_K = 512, 2048
-_STRIP = 16  # rows of a tile that go through an epilogue at a time: a multiple of the rows of a register
+STRIP = 16  # rows of a tile that go through an epilogue at a time: a multiple of the rows of a register
 _DEEP = ("v6e", "7x")  # their matrix units are 256 deep, those of the others 128
 _MOST_BIASED = 32  # rows of x in a tile: with more, conversion of codes is not what takes the time
 _NO_BFLOAT16_ARITHMETIC = ("v5e", "v5p")
+_GATHERS_BYTES = ("v6e", "7x")
+_MOST_CUT = 64  # rows of x: with so few the compiler overlaps several short dots better than it does the parts of one
 _STEP = 128  # a step of the grid takes about as long as so many rows of a tile more
 
 
@@ -270,7 +277,8 @@ def default_blocks(
         Blocks, or None if no tile fits into VMEM.
     """
     group, unit = spec.group_size(k), _k_unit(k, spec, order)
-    fewest = SUBLANES if m <= SUBLANES and blocks_tpu.chip() in _DEEP else 16
+    short = blocks_tpu.chip() == "v6e" or (blocks_tpu.chip() == "7x" and group < k)  # where tiles of 8 rows take less
+    fewest = SUBLANES if m <= SUBLANES and short else 16
     bm = _round_up(-(-m // -(-m // MOST_M)), fewest)
     entry = None if transpose else blocks_tpu.lookup("quantized_matmul", bm, k, spec, order, dtype)
     most_n, most_k = (entry.n, entry.k) if entry else (512, 2048) if bm <= 64 else (1024, 512)
@@ -282,7 +290,7 @@ def default_blocks(
             m=rows,
             n=_tile(n, LANES, max(LANES, most_n >> less_n)),
             k=_tile(k, unit, max(unit, most_k >> less_k), 1 if group == k else group),
-            scale=(entry and entry.scale) or by_shape,
+            scale=entry.scale if entry and entry.scale and rows > SUBLANES else by_shape,  # no row is for tiles of 8
         )
         if fits(blocks, k, spec, dtype, order, beside):
             return blocks
@@ -355,7 +363,7 @@ class Product:
         order: of the words, "kn" or "nk".
         dtype: of the operands of the dot.
         rounding: narrower dtypes that a weight is rounded to before.
-        biased: whether codes are multiplied with a bias.
+        codes: how a tile of codes is made: `tile_tpu.codes`, `biased_codes` or `gathered_codes`.
     """
 
     spec: QuantSpec
@@ -366,7 +374,7 @@ class Product:
     blocks: Blocks
     dtype: Any
     rounding: tuple[Any, ...]
-    biased: bool
+    codes: Literal["plain", "biased", "gathered"]
 
     @staticmethod
     def of(w: QTensor, casts: tuple[Any, ...], dtype: Any, order: str, transpose: bool, blocks: Blocks) -> Product:
@@ -386,9 +394,41 @@ class Product:
             rounding = tuple(d for d in (w.dtype, *casts) if d == jnp.bfloat16)
         if transpose or rounding or not (whole or _cuts_depth(group)):
             blocks = dataclasses.replace(blocks, scale="before")
-        can_bias = blocks.scale == "after" and dtype == jnp.bfloat16 and tile_tpu.can_bias(w.spec.format)
-        pays = group >= LANES // 2 and blocks.m <= _MOST_BIASED and blocks_tpu.chip() in _NO_BFLOAT16_ARITHMETIC
-        return Product(w.spec, w.layout.k, w.layout.n, order, transpose, blocks, dtype, rounding, can_bias and pays)
+        codes, after = "plain", blocks.scale == "after"
+        if dtype == jnp.bfloat16 and not transpose:
+            if tile_tpu.can_bias(w.spec.format) and blocks_tpu.chip() in _NO_BFLOAT16_ARITHMETIC:
+                codes = "biased" if after and group >= LANES // 2 and blocks.m <= _MOST_BIASED else "plain"
+            elif tile_tpu.can_gather_bytes(w.spec.format) and blocks_tpu.chip() in _GATHERS_BYTES:
+                codes = "gathered" if after or group % LANES == 0 or group in (32, 64) else "plain"
+        return Product(w.spec, w.layout.k, w.layout.n, order, transpose, blocks, dtype, rounding, codes)
+
+    def ordered(self, x: Float[Array, "*B K"]) -> Float[Array, "*B _"]:
+        """x as the kernel takes it: with many rows the order of gathered codes costs least outside."""
+        if not self.moved:
+            return x
+        x = jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, -x.shape[-1] % LANES)])
+        parts = x.reshape(*x.shape[:-1], -1, LANES)
+        return parts[..., tile_tpu.origin(jnp.arange(LANES))].reshape(x.shape)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether scales are multiplied in as bfloat16.
+
+        Of integers and 8-bit floats, a value and a scale that are bfloat16 have a product that is rounded once.
+        """
+        exact = self.codes == "gathered" or not self.spec.format.values
+        return exact and self.spec.scale_dtype == "bfloat16" and self.dtype == jnp.bfloat16
+
+    @property
+    def paired(self) -> bool:
+        """Whether the copies of scales and zero points are `_paired`, so that rows of them need no conversion."""
+        whole_registers = self.group % (LANES // 2) == 0  # also where four rows out of order share a group
+        return self.blocks.scale == "before" and self.narrow and whole_registers and blocks_tpu.chip() in _DEEP
+
+    @property
+    def moved(self) -> bool:
+        """Whether x is in the order of `tile_tpu.reordered` when it enters the kernel."""
+        return self.codes == "gathered" and self.blocks.scale == "before"
 
     @property
     def group(self) -> int:
@@ -551,13 +591,13 @@ def _kernel(
                 result *= scale[...]
             out_ref[...] = result.astype(out_ref.dtype)
         else:
-            _finish_strips(epilogue, sums, other_refs, out_ref)
+            finish_strips(epilogue, sums, other_refs, out_ref)
 
 
-def _finish_strips(epilogue: Epilogue, sums: Sequence[tuple[Any, Any]], others: Sequence[Any], out_ref: Any) -> None:
-    """Writes what is made of the sums, each with a scale or None; `_STRIP` rows at a time."""
+def finish_strips(epilogue: Epilogue, sums: Sequence[tuple[Any, Any]], others: Sequence[Any], out_ref: Any) -> None:
+    """Writes what is made of the sums, each with a scale or None; `STRIP` rows at a time, or those of a register."""
 
-    height = min(_STRIP, out_ref.shape[0])
+    height = min(max(STRIP, 32 // out_ref.dtype.itemsize), out_ref.shape[0])
 
     def strip(i: Any) -> None:
         rows = pl.ds(pl.multiple_of(i * height, height), height)
@@ -592,7 +632,9 @@ def accumulate(
     """
     blocks = product.blocks
     size, tile = product.contracted
-    left = size - step * tile  # of the contracted axis, from this tile on
+    left = (
+        _round_up(size, LANES) if product.moved else size
+    ) - step * tile  # of the contracted axis, from this tile on
     copies = buffers
 
     @pl.when(step == 0)
@@ -616,7 +658,8 @@ def accumulate(
     def copy() -> None:
         for ref, target in zip(itertools.compress(small, copied), copies, strict=True):
             rows = jnp.broadcast_to(ref[...].astype(jnp.float32), target.shape)
-            target[...] = _zero_from(left, rows, 1) if product.transpose and product.ragged else rows
+            rows = _zero_from(left, rows, 1) if product.transpose and product.ragged else rows
+            target[...] = _paired(rows) if product.paired else rows
 
     if product.transpose:  # each step has other columns of them
         copy()
@@ -643,6 +686,12 @@ def accumulate(
     return scales
 
 
+def _paired(rows: Float32[Array, "G N"]) -> Float32[Array, "G N"]:
+    """For each value of bfloat16, a lane that `pltpu.bitcast` reads as two of them."""
+    bits = pltpu.bitcast(rows, jnp.int32)
+    return pltpu.bitcast(bits | lax.shift_right_logical(bits, jnp.int32(16)), jnp.float32)
+
+
 def _zero_from(limit: Any, a: Array, axis: int) -> Array:
     """`a` with zeros from index `limit` of an axis on, whatever was there."""
     return jnp.where(lax.broadcasted_iota(jnp.int32, a.shape, axis) < limit, a, 0)
@@ -651,8 +700,15 @@ def _zero_from(limit: Any, a: Array, axis: int) -> Array:
 def _dot(x: Array, w: Array, product: Product, axis: int) -> Array:
     """Contracts the last axis of x with this one of w."""
     precision = lax.Precision.HIGHEST if product.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dimensions = (((1,), (axis,)), ((), ()))
-    return lax.dot_general(x, w, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    k = x.shape[1]
+    depth = min(k, 2 * LANES) if blocks_tpu.chip() in _DEEP and x.shape[0] <= _MOST_CUT else k
+
+    def part(i: int) -> Array:
+        dimensions = (((1,), (axis,)), ((), ()))
+        cut = (x[:, i : i + depth], lax.slice_in_dim(w, i, i + depth, axis=axis))
+        return lax.dot_general(*cut, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+    return functools.reduce(jnp.add, map(part, range(0, k, depth)))
 
 
 def _groups(product: Product) -> tuple[int, int]:
@@ -681,20 +737,30 @@ def _codes(product: Product, words: Array, dtype: Any, left: Any) -> Array:
 def _weights(product: Product, words: Array, scales: Any, zero: Any, at: Any, left: Any) -> Float[Array, "K N"]:
     """The tile of the weight."""
     count, size = _groups(product)
+    gathered = product.codes == "gathered"
+    # Groups within 128 codes that are not in order: each has a part of every fourth of them.
+    turns = max(1, LANES // size) if gathered else 1
 
     def stretch(ref: Any) -> Array:
         rows = [_row(ref, product, at, g) for g in range(count)]
-        return jnp.concatenate([jnp.broadcast_to(row, (size, row.shape[1])) for row in rows])
+        if turns > 1:
+            rows = [row for i in range(0, count, turns) for row in rows[i : i + turns] * 4]
+        height = size // 4 if turns > 1 else size
+        if product.paired:
+            tall = [jnp.broadcast_to(row, (height // 2, row.shape[1])) for row in rows]
+            return pltpu.bitcast(jnp.concatenate(tall), jnp.bfloat16)
+        return jnp.concatenate([jnp.broadcast_to(row, (height, row.shape[1])) for row in rows]).astype(dtype)
 
-    # Of integers and 8-bit floats, a value and a scale that are bfloat16 have a product that is rounded once.
-    narrow = product.spec.scale_dtype == "bfloat16" and product.dtype == jnp.bfloat16 and not product.spec.format.values
-    dtype = product.dtype if narrow else jnp.float32
-    values = _codes(product, words, dtype, left)
+    dtype = product.dtype if product.narrow else jnp.float32
+    if gathered:
+        values = tile_tpu.gathered_codes(words, product.spec.format).astype(dtype)
+    else:
+        values = _codes(product, words, dtype, left)
     if product.rows_of_codes:
         values = values.T
     if zero is not None:
-        values -= stretch(zero).astype(dtype)
-    values *= stretch(scales).astype(dtype)
+        values -= stretch(zero)
+    values *= stretch(scales)
     for narrower in product.rounding:
         values = values.astype(narrower)
     return values.astype(product.dtype)
@@ -714,20 +780,22 @@ def _scaled_sums(
     depth = beside * size
     height = tile_tpu.rows(product.spec.format, depth)
     total = jnp.zeros((rows, product.blocks.n), jnp.float32)
-    if product.biased:
+    if product.codes != "plain":
         x = tile_tpu.reordered(x)
     for i in range(count // beside):
         part = x[:, i * depth : (i + 1) * depth]
         if beside > 1:  # in float32, as Mosaic has no mask for the tiles of 4 rows of bfloat16
             part = part.astype(jnp.float32)
             column = lax.broadcasted_iota(jnp.int32, part.shape, 1)
-            column = tile_tpu.origin(column) if product.biased else column
+            column = column if product.codes == "plain" else tile_tpu.origin(column)
             group = lax.div(column, jnp.int32(size))  # // asks for the TPU
             part = jnp.concatenate([jnp.where(group == g, part, 0) for g in range(beside)]).astype(product.dtype)
         packed = slice(i * height, (i + 1) * height)
         packed = words[:, packed] if product.rows_of_codes else words[packed]
-        if product.biased:
+        if product.codes == "biased":
             sums = _sums_of_biased(part, packed)
+        elif product.codes == "gathered":
+            sums = _dot(part, tile_tpu.gathered_codes(packed, product.spec.format), product, 0)
         else:
             codes = _codes(product, packed, product.dtype, left - i * depth)
             sums = _dot(part, codes, product, 1 if product.rows_of_codes else 0)

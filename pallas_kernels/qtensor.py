@@ -299,6 +299,17 @@ class FoldedParam:
         return cls(*children, *aux)
 
 
+def layer_index(layer: Int[Array, ""] | int, layers: int) -> Int[Array, ""]:
+    """The layer that `lax.dynamic_index_in_dim` takes: a negative index counts from the end, and the nearest is taken.
+
+    Args:
+        layer: index of the layer.
+        layers: how many there are.
+    """
+    layer = jnp.asarray(layer, jnp.int32)
+    return jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)
+
+
 def is_packed(value: object) -> bool:
     """Whether a leaf of a model's variables is packed; for `jax.tree` functions' `is_leaf`."""
     return isinstance(value, QTensor | FoldedParam)

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels import matmul_tpu
+from pallas_kernels import matmul_reference, matmul_tpu
 from pallas_kernels.matmul_tpu import Blocks, Packed, Product
 from pallas_kernels.qtensor import QTensor
 
@@ -55,7 +55,7 @@ def matmul(
         blocks: how to cut the product, if not as `default_blocks` says.
         interpret: runs the kernel as XLA operations, on any platform.
     """
-    out_dtype = _out_dtype(x, w, casts, preferred_element_type)
+    out_dtype = matmul_reference.result_dtype(x, w, casts, preferred_element_type)
     dtype = matmul_tpu.operand_dtype(x.dtype, casts[-1] if casts else w.dtype, precision)
     m, experts = x.shape[0], group_sizes.shape[0]
     blocks = blocks or default_blocks(m, experts, w, dtype, transpose)
@@ -63,7 +63,7 @@ def matmul(
     packed = Packed.of(w, layer, 1, "kn")
     visits, count = plan_visits(group_sizes, m, blocks.m)
     written = jnp.dtype(jnp.float32) if out_dtype == jnp.float16 else out_dtype
-    out = _call(product, visits, count, matmul_tpu.no_float16(x), packed, written, interpret)
+    out = _call(product, visits, count, product.ordered(matmul_tpu.no_float16(x)), packed, written, interpret)
     of_an_expert = lax.broadcasted_iota(jnp.int32, (m, 1), 0) < visits.end[-1]
     return jnp.where(of_an_expert, out, 0).astype(out_dtype)
 
@@ -72,7 +72,7 @@ def unsupported(x: Any, w: QTensor, casts: tuple[Any, ...], preferred_element_ty
     """Why a product is left to the reference, or None; x is anything with a shape and a dtype."""
     if w.order != "kn":
         return "experts in a lookup table"
-    return matmul_tpu.unsupported(x, w, casts, _out_dtype(x, w, casts, preferred_element_type))
+    return matmul_tpu.unsupported(x, w, casts, matmul_reference.result_dtype(x, w, casts, preferred_element_type))
 
 
 def default_blocks(m: int, experts: int, w: QTensor, dtype: Any, transpose: bool = False) -> Blocks:
@@ -93,10 +93,6 @@ def default_blocks(m: int, experts: int, w: QTensor, dtype: Any, transpose: bool
     blocks = matmul_tpu.default_blocks(rows, w.layout.k, w.layout.n, w.spec, dtype, "kn", transpose)
     assert blocks is not None  # `unsupported` asks for fewer rows
     return blocks
-
-
-def _out_dtype(x: Any, w: QTensor, casts: tuple[Any, ...], preferred_element_type: Any) -> jnp.dtype:
-    return jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, casts[-1] if casts else w.dtype))
 
 
 class Visits(NamedTuple):

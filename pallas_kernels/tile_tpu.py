@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Int8, Num
 
 from pallas_kernels.formats import Format
 from pallas_kernels.packing import PLANES, WORD_BITS
@@ -93,7 +94,11 @@ def codes(words: Int[Array, "R N"], format: Format, dtype: Any) -> Num[Array, "K
         return pltpu.bitcast(words, jnp.dtype(format.dtype)).astype(dtype)
     if words.dtype != jnp.int8:
         words = pltpu.bitcast(words, _SIGNED[_field(format.bits)])
-    return _look_up(words.astype(jnp.int32), format.values).astype(dtype) if format.values else words.astype(dtype)
+    if not format.values:
+        return words.astype(dtype)
+    if dtype == jnp.bfloat16:
+        return _look_up_pairs(words.astype(jnp.int32), format.values)
+    return _look_up(words.astype(jnp.int32), format.values).astype(dtype)
 
 
 BIAS = 136
@@ -117,8 +122,43 @@ def biased_codes(words: Int[Array, "16 N"]) -> Float[Array, "128 N"]:
     return jnp.concatenate([pltpu.bitcast(plane & mantissa | exponent, jnp.bfloat16) for plane in planes])
 
 
+def can_gather_bytes(format: Format) -> bool:
+    """Whether `gathered_codes` has the values of a format: a codebook of 16."""
+    return len(format.values) == 16
+
+
+def gathered_codes(words: Int[Array, "R N"], format: Format) -> Float[Array, "_ N"]:
+    """The values of 4-bit codes in bfloat16, those of each 16 rows of words in the order of `reordered`.
+
+    For chips that gather bytes, each from any of the 32 rows of a register: the low and the high bytes of values come
+    from a table each, four at a time, where `codes` gathers one value. What is left is to put the two side by side.
+    """
+    n = words.shape[1]
+    low, high = (_bytes_in_rows(format.values, shift, n) for shift in (0, 8))
+    ends = pltpu.bitcast(jnp.full(words.shape, _every(16, 0xFF), jnp.int32), jnp.int8) != 0  # bytes 0 and 2 of a lane
+
+    def gather(table: Int8[Array, "32 N"], index: Int[Array, "R N"]) -> Int[Array, "R N"]:
+        codes = pltpu.bitcast(index, jnp.int8).reshape(-1, *table.shape)
+        table = jnp.broadcast_to(table, codes.shape)
+        found = jnp.take_along_axis(table, codes, axis=1, mode="promise_in_bounds")
+        return pltpu.bitcast(found.reshape(-1, n), jnp.int32)
+
+    def choose(a: Int[Array, "R N"], b: Int[Array, "R N"]) -> Float[Array, "2*R N"]:
+        return pltpu.bitcast(jnp.where(ends, pltpu.bitcast(a, jnp.int8), pltpu.bitcast(b, jnp.int8)), jnp.bfloat16)
+
+    even, odd = (
+        (gather(low, index), gather(high, index))
+        for index in (words & _every(8, 0xF), lax.shift_right_logical(words, jnp.int32(4)) & _every(8, 0xF))
+    )
+    planes = [choose(lows, highs << 8) for lows, highs in (even, odd)]
+    planes += [choose(lax.shift_right_logical(lows, jnp.int32(8)), highs) for lows, highs in (even, odd)]
+    height = LANES // len(planes)
+    chunks = range(0, 2 * words.shape[0], height)
+    return jnp.concatenate([plane[i : i + height] for i in chunks for plane in planes])
+
+
 def reordered(x: Float[Array, "M K"]) -> Float[Array, "M K"]:
-    """Each 128 columns in the order in which `biased_codes` has rows.
+    """Each 128 columns in the order in which `biased_codes` and `gathered_codes` have rows.
 
     A product with a permutation, which the matrix unit does exactly and without the unit that moves data between lanes.
     """
@@ -130,8 +170,8 @@ def reordered(x: Float[Array, "M K"]) -> Float[Array, "M K"]:
 
 
 def origin(position: Int[Array, "*S"]) -> Int[Array, "*S"]:
-    """Which of 128 codes `biased_codes` has at a position: 0, 4, 8 ... 124, 1, 5 ... 125, 2 ... 127."""
-    return ((position & 31) << 2) + (position >> 5)
+    """Which of some codes `reordered` has at a position: of each 128 of them 0, 4, 8 ... 124, 1, 5 ... 125, 2 ...."""
+    return (position & -LANES) + ((position & 31) << 2) + ((position & LANES - 1) >> 5)
 
 
 def _parts(format: Format, k: int, bk: int) -> list[tuple[int, int]]:
@@ -182,21 +222,46 @@ def _every(distance: int, bits: int) -> Int[Array, ""]:
     return jnp.int32(pattern - 2**WORD_BITS if pattern >= 2 ** (WORD_BITS - 1) else pattern)
 
 
-def _look_up(code: Int[Array, "K N"], values: Sequence[float]) -> Float[Array, "K N"]:
-    """The values of 4-bit codes, -8 .. 7 for 8 .. 15, 0 .. 7, from two tables that lie along the rows of a register.
+def _bfloat16_bits(values: Sequence[float]) -> np.ndarray:
+    return np.asarray(values, np.float32).astype(jnp.bfloat16).view(np.uint16)
+
+
+def _in_rows(entries: np.ndarray, dtype: Any, n: int) -> Num[Array, "8 N"]:
+    """A register of each row of which is one entry, as often as columns need it."""
+    row = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    table = jnp.full(row.shape, entries[0].item(), dtype)
+    for i, entry in enumerate(entries[1:], 1):
+        table = jnp.where(row == i, jnp.asarray(entry.item(), dtype), table)
+    return jnp.tile(table, (1, n // LANES))
+
+
+def _bytes_in_rows(values: Sequence[float], shift: int, n: int) -> Int8[Array, "32 N"]:
+    """The bytes of 16 values in bfloat16 from bit `shift` on, each in the row of its index, and again 16 rows below."""
+    table = (_bfloat16_bits(values) >> shift & 0xFF).astype(np.uint8)
+    return pltpu.bitcast(_in_rows(np.tile(table, 2).view(np.int32), jnp.int32, n), jnp.int8)  # four rows to a lane
+
+
+def _gather_rows(table: Num[Array, "8 N"], code: Int[Array, "K N"]) -> Num[Array, "K N"]:
+    """Of each column of the table the row that the low three bits of a code say.
 
     A gather from 8 rows is an operation or two of the vector unit, a gather from 128 lanes holds up the one unit that
-    moves data between lanes, and a tree of selects takes fifteen operations.
+    moves data between lanes.
     """
-    k, n = code.shape
-    code = code.reshape(k // SUBLANES, SUBLANES, n)
-    row = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    row = (code & 7).reshape(-1, *table.shape)
+    table = jnp.broadcast_to(table, row.shape)
+    return jnp.take_along_axis(table, row, axis=1, mode="promise_in_bounds").reshape(code.shape)
 
-    def gather(values: Sequence[float]) -> Array:
-        table = jnp.full(row.shape, values[0], jnp.float32)
-        for i, value in enumerate(values):
-            table = jnp.where(row == i, value, table)
-        table = jnp.broadcast_to(jnp.tile(table, (1, n // LANES)), code.shape)
-        return jnp.take_along_axis(table, code & 7, axis=1, mode="promise_in_bounds")
 
-    return jnp.where(code < 0, gather(values[8:]), gather(values[:8])).reshape(k, n)
+def _look_up(code: Int[Array, "K N"], values: Sequence[float]) -> Float[Array, "K N"]:
+    """The values of 4-bit codes, -8 .. 7 for 8 .. 15, 0 .. 7; a tree of selects would take fifteen operations."""
+    low, high = (
+        _in_rows(np.asarray(half, np.float32), jnp.float32, code.shape[1]) for half in (values[:8], values[8:])
+    )
+    return jnp.where(code < 0, _gather_rows(high, code), _gather_rows(low, code))
+
+
+def _look_up_pairs(code: Int[Array, "K N"], values: Sequence[float]) -> Float[Array, "K N"]:
+    """As `_look_up`, in bfloat16: one table has both values that a code may stand for, and its sign shifts one down."""
+    low, high = np.split(_bfloat16_bits(values).astype(np.uint32), 2)
+    pair = _gather_rows(_in_rows((low | high << 16).view(np.int32), jnp.int32, code.shape[1]), code)
+    return pltpu.bitcast(lax.shift_right_logical(pair, code & 16).astype(jnp.int16), jnp.bfloat16)

@@ -79,9 +79,12 @@ def assert_product(actual: jax.Array, x: jax.Array, m: Any, weight_eps: float = 
     np.testing.assert_array_less(np.abs(np.asarray(actual, np.float64) - expected), bound)
 
 
-def _multiplied(w: QTensor, position: str) -> np.ndarray:
-    """The matrix that a bfloat16 product stands for: rounded before the product, or exact codes scaled after it."""
-    if position == "before":
+def _multiplied(w: QTensor, position: str, rounded_first: bool = False) -> np.ndarray:
+    """The matrix that a bfloat16 product stands for: rounded before the product, or exact codes scaled after it.
+
+    The values of a codebook are rounded to bfloat16 where scales come after, or where they are `rounded_first`.
+    """
+    if position == "before" and not rounded_first:
         return np.asarray(jax.jit(lambda w: w.matrix().astype(BF16), compiler_options=_QUICK)(w), np.float64)
     group = np.arange(w.layout.k) // w.group_size
 
@@ -95,7 +98,8 @@ def _multiplied(w: QTensor, position: str) -> np.ndarray:
         )
 
     values, zero, scale = (np.asarray(a, np.float64) for a in jax.jit(parts, compiler_options=_QUICK)(w))
-    return (values - zero) * scale[..., group, :]
+    matrix = (values - zero) * scale[..., group, :]
+    return np.float64(np.float32(matrix).astype(BF16)) if rounded_first else matrix
 
 
 # --- Tiles -----------------------------------------------------------------------------------------------------
@@ -159,6 +163,36 @@ def test_codes_with_a_bias(spec: QuantSpec, order: str):
     rounding = float(jnp.finfo(F32).eps) * np.sqrt(k) * (np.abs(x64) @ biased)
     np.testing.assert_array_less(np.abs(np.asarray(actual) - x64 @ exact), rounding)
     assert rounding.max() < 2e-3 * (np.abs(x64) @ np.abs(exact)).max()  # a quarter of bfloat16's
+
+
+DEEP = [
+    (8, _spec("int4", PerGroup(128)), "kn", "after"),
+    (16, _spec("int4", PerGroup(128), zero_point=True), "nk", "after"),
+    (8, _spec("int3", PerGroup(64), zero_point=True), "kn", "after"),
+    (16, _spec("int4", PerGroup(32)), "kn", "after"),
+    (8, _spec("int8", PerChannel(), zero_point=True), "nk", "after"),
+    (16, _spec("int8", PerGroup(64), scale_dtype="bfloat16", zero_point=True), "kn", "before"),
+    (16, _spec("int4", PerGroup(32), scale_dtype="bfloat16"), "kn", "before"),
+    (8, _spec("nf4", PerGroup(64)), "kn", "after"),
+    (16, _spec("fp4_e2m1", PerGroup(32)), "nk", "after"),
+    (16, _spec("nf4", PerChannel()), "kn", "after"),
+    (16, _spec("nf4", PerGroup(64), scale_dtype="bfloat16"), "kn", "before"),
+    (16, _spec("nf4", PerGroup(32), double_quant=True), "kn", "before"),
+    (16, _spec("nf4", PerGroup(128), scale_dtype="bfloat16"), "nk", "before"),
+    (16, _spec("fp4_e2m1", PerGroup(16)), "kn", "before"),
+    (16, _spec("nf4", PerGroup(256)), "kn", "before"),
+]
+
+
+@pytest.mark.parametrize(("m", "spec", "order", "position"), DEEP, ids=str)
+def test_a_deep_matrix_unit(m: int, spec: QuantSpec, order: str, position: Any):
+    """On v6e groups go through the matrix unit side by side, tiles in parts, and codebooks are gathered as bytes."""
+    k, n = 700, 130
+    x, w = _array(m, k, dtype=BF16), _pack(spec, k=k, n=n, order=order)
+    with target_chip("v6e"):
+        out = _run(x, w, blocks=Blocks(m, 128, 512, position), preferred_element_type=F32)
+    rounded_first = bool(spec.format.values) and position == "before" and w.group_size > 16
+    assert_product(out, x, _multiplied(w, position, rounded_first))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import numerics, packing, ragged_matmul_tpu
+from pallas_kernels.blocks_tpu import target_chip
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
 from pallas_kernels.matmul_tpu import Blocks
 from pallas_kernels.qtensor import Layout, QTensor, quantize
@@ -202,6 +203,15 @@ def test_what_belongs_to_no_row_is_not_multiplied():
     w = QTensor(w.words, numerics.Scales(poisoned), w.spec, w.layout, w.dtype)
     out = _run(x.at[32:].set(jnp.nan), w, SIZES, casts=(BF16,), blocks=Blocks(16, 128, 256, "before"))
     assert bool(jnp.isfinite(out[:32]).all()) and bool((out[:32] != 0).all()) and not out[32:].any()
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_gathered_codebooks(position: Any):
+    """On v6e values come in another order along K, and rounded to bfloat16."""
+    w, x = _pack(_spec("nf4", PerGroup(64)), E, k=300, n=130), _array(M, 300, dtype=BF16)
+    with target_chip("v6e"):
+        out = _run(x, w, SIZES, preferred_element_type=F32, blocks=Blocks(16, 128, 256, position))
+    assert_product(out, x, w.matrix(), SIZES, weight_eps=float(jnp.finfo(BF16).eps))
 
 
 @settings(max_examples=5, deadline=None, derandomize=True)
