@@ -145,6 +145,19 @@ def no_function(request, of_its_own) -> None:
         pytest.skip("modules are tested; QJAX_ALL=1 tests functions too")
 
 
+@pytest.fixture
+def in_turn(request) -> None:
+    """Of the three tests that take longest each model has two."""
+    costly = [
+        test_gradients_of_fake_quant_and_packed,
+        test_packed_models_under_vmap_and_scan,
+        test_integers_of_training_are_the_integers_served,
+    ]
+    turn = list(ZOO).index(request.node.callspec.params["case"]) % len(costly)
+    if request.node.function is costly[turn] and not os.environ.get("QJAX_ALL"):
+        pytest.skip("it is another test's turn; QJAX_ALL=1 runs all of them")
+
+
 @pytest.fixture(scope="module")
 def packed(case: Case) -> Any:
     return case.packed()
@@ -229,7 +242,7 @@ def test_fake_quant_and_packed_are_the_model_on_dequantized_parameters(case: Cas
     assert any(np.abs(np.asarray(a, np.float64) - b).max() > 1e-3 for a, b in zip(trained, floats, strict=True))
 
 
-@pytest.mark.usefixtures("of_its_own")
+@pytest.mark.usefixtures("of_its_own", "in_turn")
 def test_gradients_of_fake_quant_and_packed(case: Case, packed: Any):
     """In the inputs, packed and fake-quant agree; in the parameters, fake-quant has finite ones."""
     if not case.instance.differentiable:
@@ -253,7 +266,7 @@ def test_gradients_of_fake_quant_and_packed(case: Case, packed: Any):
     assert any(bool((g != 0).any()) for g in leaves)
 
 
-@pytest.mark.usefixtures("no_function")
+@pytest.mark.usefixtures("no_function", "in_turn")
 def test_packed_models_under_vmap_and_scan(case: Case, packed: Any, run: Any):
     """Fake-quant is done to parameters, which the inputs that are mapped do not reach."""
     two = [jnp.stack([jnp.asarray(x), jnp.flip(jnp.asarray(x), 0)]) for x in case.inputs]
@@ -290,7 +303,7 @@ def test_packed_model_runs_eagerly(name: str):
 INTEGER = [qjax.Rule("**", SPEC, qjax.dynamic())]
 
 
-@pytest.mark.usefixtures("no_function")
+@pytest.mark.usefixtures("no_function", "in_turn")
 def test_integers_of_training_are_the_integers_served(case: Case):
     """With quantized inputs, training and serving add up the same integers: equal to the last bit."""
     try:
