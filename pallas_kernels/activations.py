@@ -267,7 +267,12 @@ def _scale(x: Array, spec: ActSpec, axes: Sequence[int], ranges: Ranges | None) 
         absmax = _no_infinity(jnp.max(jnp.abs(x), over, keepdims=True, initial=0.0))
         return numerics.range_scale(absmax, absmax, absmax, spec.format, False, "float32")
     assert ranges is not None
-    known = {name: jnp.asarray(a, jnp.float32).reshape((1,) * x.ndim) for name, a in ranges.items()}
+    return known_scale(spec, ranges, x.ndim)
+
+
+def known_scale(spec: ActSpec, ranges: Ranges, ndim: int) -> tuple[Array, Array | None]:
+    """Scale and zero point of a range that is known before the call, for an activation of so many axes."""
+    known = {name: jnp.asarray(a, jnp.float32).reshape((1,) * ndim) for name, a in ranges.items()}
     if isinstance(spec.range, LearnedStep):
         scale = jnp.abs(known["step"])
         if not spec.zero_point:

@@ -91,6 +91,11 @@ def target() -> Chip | None:
     return Chip(device.device_kind, round(10 * float(device.compute_capability)), device.core_count)
 
 
+def processors() -> int:
+    """Multiprocessors of the GPU that programs are made for, or of an H100 where there is none."""
+    return (target() or CHIPS["h100"]).processors
+
+
 def lookup(m: int, k: int, n: int, spec: QuantSpec, dtype: Any) -> dict[str, int] | None:
     """The fields of the tiles that the table has for a product on this chip, if it has any.
 

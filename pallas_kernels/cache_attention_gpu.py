@@ -18,10 +18,9 @@ JAX's default for float32 on these chips, has 11), or of three, which is all of 
 precision than the default.
 
 **On a GPU it has not run yet**, only interpreted on CPU and compiled; `matmul_gpu` says what follows from that, and
-`matmul_triton` what there is to know about Triton. For H100 (jax 0.10.2, 4 queries, vectors of 128 values) the compiler
-makes 865 instructions of 64 positions of int8 caches and 968 of int4 ones, in each of four warps, with 96 and 126
-registers, none spilled, and loads ahead of their use. So at 8192 positions, 8 sequences and 8 heads, instructions alone
-would take about 31 and 34 us, and reading at 3.35 TB/s 41 and 21: int4 is bound by unpacking.
+`matmul_triton` what there is to know about Triton. For H100 a warp has 865 instructions for 64 positions of int8 caches
+and 967 of int4 ones, with 4 queries and vectors of 128 values, and spills none of its 96 and 128 registers (what jax
+0.10.2 makes, `scripts/gpu_compile.py`).
 """
 
 from __future__ import annotations
@@ -39,12 +38,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from pallas_kernels import blocks_gpu, cache_dot_tpu, kv_cache, tile_triton
-from pallas_kernels.cache_attention_tpu import axes_of_scores
-from pallas_kernels.cache_dot_tpu import View
+from pallas_kernels import blocks_gpu, cache_axes, gpu_operands, kv_cache, tile_triton
+from pallas_kernels.cache_axes import View
 from pallas_kernels.kv_cache import QCache
-from pallas_kernels.matmul_tpu import operand_dtype
 from pallas_kernels.packing import WORD_BITS
+from pallas_kernels.qtensor import layer_index
 
 pltriton: Any
 try:
@@ -124,17 +122,15 @@ def attention(
     if layers is not None and any(tile_triton.unaddressable(stack.codes) for stack in (keys, values)):
         keys, values = (kv_cache.layer_of(stack, layer) for stack, layer in zip((keys, values), layers, strict=True))
         layers = None
-    if layers is None:
-        stacks, index = jax.tree.map(lambda a: a[None], (keys, values)), jnp.zeros(2, jnp.int32)
-    else:
-        stacks = keys, values
-        index = jnp.stack([jnp.clip(i, 0, len(c.codes) - 1) for i, c in zip(layers, stacks, strict=True)])
+    stacks = (keys, values) if layers is not None else jax.tree.map(lambda a: a[None], (keys, values))
+    indices = [gpu_operands.layer_operand(layer) for layer in layers or (None, None)]
     keys, values = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stacks)
     sides = _sides(q, keys, values, spec)
     assert sides is not None
-    labels, (of_keys, of_values) = axes_of_scores(q, keys, spec), sides
+    labels, (of_keys, of_values) = cache_axes.axes_of_scores(q, keys, spec), sides
     queries = [number for kind, number, _ in labels if kind == "query"]
-    rows = cache_dot_tpu.rows_of(q, of_keys.view, spec.scores.numbers, spec.scores.operand, queries)[:, 0]
+    wide = q.astype(jnp.float32) if q.dtype == jnp.float16 else q  # Triton has no cast of float16 to bfloat16
+    rows = cache_axes.rows_of(wide, of_keys.view, spec.scores.numbers, spec.scores.operand, queries)[:, 0]
     sequences, m, d = rows.shape
     blocks = blocks or default_blocks(sequences, m, d, of_keys.view.t)
     parts = _parts(q.dtype, spec.scores.precision), _parts(spec.weights, spec.result.precision)
@@ -144,11 +140,11 @@ def attention(
     masks = []
     if seen is not None:
         # What is loaded ahead has four bytes at least; a mask for each query is large.
-        masks = [seen.astype(jnp.int32 if seen.shape[-2] == 1 else jnp.int8), *(_visible(seen) if visible else [])]
-    out = _call(attend, index.astype(jnp.int32), rows, stacks, masks, interpret)
+        masks = [seen.astype(jnp.int32 if seen.shape[-2] == 1 else jnp.int8), *([_visible(seen)] if visible else [])]
+    out = _call(attend, indices, rows, stacks, masks, interpret)
     weights = tuple(size for _, _, size in labels)
     result = spec.result
-    out = cache_dot_tpu.restored(out[:, None], weights, values, of_values.view, result.numbers, result.operand)
+    out = cache_axes.restored(out[:, None], weights, values, of_values.view, result.numbers, result.operand)
     return out.astype(result.out_dtype)
 
 
@@ -163,9 +159,8 @@ def default_blocks(sequences: int, m: int, d: int, t: int) -> Blocks:
     """
     rows = min(64 if d <= 128 else 32, max(_LEAST_SIDE, pl.next_power_of_2(m)))  # more would not fit into registers
     positions = min(32 if d > 128 and rows > _LEAST_SIDE else 64, max(_LEAST_SIDE, pl.next_power_of_2(t)))
-    processors = (blocks_gpu.asked_for() or blocks_gpu.CHIPS["h100"]).processors
     programs = sequences * pl.cdiv(m, rows)
-    splits = max(1, min(_PROGRAMS * processors // programs, pl.cdiv(t, 4 * positions)))
+    splits = max(1, min(_PROGRAMS * blocks_gpu.processors() // programs, pl.cdiv(t, 4 * positions)))
     return Blocks(rows, positions, splits, warps=8 if rows > 32 else 4, stages=3)
 
 
@@ -173,7 +168,7 @@ def _parts(dtype: Any, precision: Any) -> int:
     """How many bfloat16 numbers are multiplied in place of one of this dtype."""
     if dtype == jnp.bfloat16:
         return 1
-    return 2 if dtype == jnp.float16 or operand_dtype(dtype, dtype, precision) == jnp.bfloat16 else 3
+    return 2 if dtype == jnp.float16 or gpu_operands.like_tf32(precision) else 3
 
 
 def _other(steps: Sequence[tuple[str, Any]]) -> float:
@@ -194,7 +189,7 @@ class _Side(NamedTuple):
     """A cache as the kernel reads it.
 
     Attributes:
-        view: the product with it, for the functions of `cache_dot_tpu` that arrange what is not a cache.
+        view: the product with it, for the functions of `cache_axes`.
         batch: its axes of sequences and heads, in the order of `sizes`.
         sizes: of those.
         position, vector: its other axes that are not of size 1.
@@ -215,10 +210,10 @@ class _Side(NamedTuple):
 
 def _sides(q: Any, keys: QCache, values: QCache, spec: Any) -> tuple[_Side, _Side] | None:
     """Keys and values, with the batch axes of both in the order in which the keys store them; None if they differ."""
-    labels, scores, result = axes_of_scores(q, keys, spec), spec.scores, spec.result
+    labels, scores, result = cache_axes.axes_of_scores(q, keys, spec), spec.scores, spec.result
     kinds, last = [kind for kind, *_ in labels], len(labels) - 1
-    (keys_contract, keys_batch), _ = cache_dot_tpu.sides(scores.numbers, scores.operand)
-    (values_contract, values_batch), (contract, batch) = cache_dot_tpu.sides(result.numbers, result.operand)
+    (keys_contract, keys_batch), _ = cache_axes.sides(scores.numbers, scores.operand)
+    (values_contract, values_batch), (contract, batch) = cache_axes.sides(result.numbers, result.operand)
     if kinds[last] != "key" or kinds.count("key") > 1 or contract != (last,) or len(values_contract) != 1:
         return None
     if sorted(axis for axis, kind in enumerate(kinds) if kind == "batch") != sorted(batch):
@@ -256,12 +251,16 @@ def _arranged(mask: Bool[Array, "*_"], labels: list[tuple[str, int, int]], order
     return mask.reshape(*(shape[axis] for axis in batch), math.prod(shape[axis] for axis in queries), shape[-1])
 
 
-def _visible(mask: Bool[Array, "*batch M T"]) -> list[Int32[Array, "*batch"]]:
-    """The first position that counts, and the one after the last: all do where a query sees nothing."""
-    positions, t = jnp.arange(mask.shape[-1], dtype=jnp.int32), mask.shape[-1]
+def _visible(mask: Bool[Array, "*batch M T"]) -> Int32[Array, "*batch 2"]:
+    """How many positions there are from the first one that counts, and up to the last: all do where a query sees none.
+
+    As one maximum, which is one kernel.
+    """
+    t = mask.shape[-1]
     counts = (mask | ~mask.any(axis=-1, keepdims=True)).any(axis=-2)
-    first, stop = jnp.where(counts, positions, t), jnp.where(counts, positions + 1, 0)
-    return [jnp.min(first, axis=-1), jnp.max(stop, axis=-1)]
+    positions = jnp.arange(t, dtype=jnp.int32)
+    sizes = jnp.where(jnp.arange(2)[:, None] == 0, t - positions, positions + 1)
+    return jnp.max(jnp.where(counts[..., None, :], sizes, 0), axis=-1)
 
 
 # --- The kernel -----------------------------------------------------------------------------------------------------
@@ -288,7 +287,7 @@ class _Attend:
 
 def _call(
     attend: _Attend,
-    layers: Int32[Array, " 2"],
+    layers: Sequence[Int32[Array, " 1"]],
     q: Float[Array, "B M D"],
     stacks: Sequence[QCache],
     masks: Sequence[Array],
@@ -304,7 +303,7 @@ def _call(
         interpret: as for `attention`.
     """
     blocks, (sequences, m, _), splits = attend.blocks, q.shape, attend.blocks.splits
-    operands = [layers, q, *itertools.chain.from_iterable(map(jax.tree.leaves, stacks)), *masks]
+    operands = [*layers, q, *itertools.chain.from_iterable(map(jax.tree.leaves, stacks)), *masks]
     by_row = jax.ShapeDtypeStruct((splits, sequences, m), jnp.float32)
     sums, most, total = pl.pallas_call(
         functools.partial(_kernel, attend),
@@ -320,24 +319,28 @@ def _call(
     return jnp.sum(sums * weights[..., None], axis=0) / jnp.sum(total * weights, axis=0)[..., None]
 
 
-def _kernel(attend: _Attend, layers_ref: Any, q_ref: Any, *refs: Any) -> None:
+def _kernel(attend: _Attend, *refs: Any) -> None:
     """The sums over one part of the positions, for a tile of queries.
 
     Args:
         attend: what is computed.
-        layers_ref, q_ref: which one of each stack is read; queries.
-        refs: codes, scales, zero points of the keys, then of the values; the mask and what `_visible` gives;
-            the sums of values, the maxima of scores, and the sums of exponentials.
+        refs: which one of the keys is read, and of the values; queries; codes, scales, zero points of the keys, then of
+            the values; the mask and what `_visible` gives; the sums of values, the maxima of scores, and the sums of
+            exponentials.
     """
     blocks, (of_keys, of_values) = attend.blocks, attend.sides
     left = iter(refs)
+    *layer_refs, q_ref = itertools.islice(left, 3)
     keys, values = (tuple(itertools.islice(left, 2 + side.zero_point)) for side in attend.sides)
     mask_ref = next(left) if any(name == "mask" for name, _ in attend.steps) else None
-    visible_refs = tuple(itertools.islice(left, 2)) if attend.visible else ()
+    visible_ref = next(left) if attend.visible else None
     sum_ref, most_ref, total_ref = left
     sequence, part = pl.program_id(0), pl.program_id(2)
     place = _unraveled(sequence, of_keys.sizes)
-    in_keys, in_values = ((layers_ref[i], *place) for i in range(2))
+    in_keys, in_values = (
+        (layer_index(ref[0], codes.shape[0]), *place)
+        for ref, (codes, *_) in zip(layer_refs, (keys, values), strict=True)
+    )
     rows = pl.program_id(1) * blocks.rows + jnp.arange(blocks.rows)
     t, m = of_keys.view.t, q_ref.shape[1]
 
@@ -346,8 +349,8 @@ def _kernel(attend: _Attend, layers_ref: Any, q_ref: Any, *refs: Any) -> None:
         return ref.at[(*(at if size > 1 else 0 for at, size in zip(place, ref.shape, strict=False)), *index)]
 
     first_tile, tiles = 0, pl.cdiv(t, blocks.positions)
-    if visible_refs:
-        begin, end = (of_sequence(ref)[...] for ref in visible_refs)
+    if visible_ref is not None:
+        begin, end = t - of_sequence(visible_ref, 0)[...], of_sequence(visible_ref, 1)[...]
         first_tile = lax.div(begin, blocks.positions)
         tiles = lax.div(end + blocks.positions - 1, blocks.positions) - first_tile
     each = lax.div(tiles + blocks.splits - 1, blocks.splits)

@@ -23,10 +23,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import cache_dot_tpu, kv_cache
-from pallas_kernels.cache_dot_tpu import LANES, View
+from pallas_kernels.cache_axes import View, axes_of_scores, restored, rows_of, sides
+from pallas_kernels.cache_dot_tpu import LANES
 from pallas_kernels.formats import Format
 from pallas_kernels.kv_cache import QCache
-from pallas_kernels.matmul_tpu import operand_dtype
+from pallas_kernels.matmul_tpu import no_float16, operand_dtype
+from pallas_kernels.qtensor import layer_index
 
 _VMEM = cache_dot_tpu.VMEM // 2  # for each of the caches
 _LEAST = float(jnp.finfo(jnp.float32).min)  # a maximum of -inf would give NaN where all scores so far are -inf
@@ -71,14 +73,14 @@ def attention(
         operand_dtype(spec.weights, spec.weights, result.precision),
     )
     queries = [number for kind, number, _ in axes_of_scores(q, keys, spec) if kind == "query"]
-    rows = cache_dot_tpu.rows_of(q, of_keys, scores.numbers, scores.operand, queries)
+    rows = rows_of(no_float16(q), of_keys, scores.numbers, scores.operand, queries)
     caches, first = [], []
     for number, (cache, view, dot) in enumerate(((keys, of_keys, scores), (values, of_values, result))):
         codes, small = cache_dot_tpu.stored(cache, view, dot.numbers, dot.operand)
         start = jnp.int32(0)
         if layers is not None:
             codes = cache_dot_tpu.stored_together(stacks[number], view, dot.numbers, dot.operand)
-            start = jnp.clip(layers[number], 0, stacks[number].shape[0] - 1).astype(jnp.int32) * view.lead
+            start = layer_index(layers[number], stacks[number].shape[0]) * view.lead
         caches.append((codes, small))
         first.append(start)
     seen = None if mask is None else _arranged(mask, axes_of_scores(q, keys, spec), of_keys)
@@ -88,27 +90,11 @@ def attention(
     written = jnp.dtype(jnp.float32) if result.out_dtype == jnp.float16 else jnp.dtype(result.out_dtype)
     out = _call(attend, jnp.stack(first), rows, caches, seen, written, interpret)
     weights = _weights(q, keys, spec)
-    out = cache_dot_tpu.restored(out, weights.shape, values, of_values, result.numbers, result.operand)
+    out = restored(out, weights.shape, values, of_values, result.numbers, result.operand)
     return out.astype(result.out_dtype)
 
 
 # --- Axes -----------------------------------------------------------------------------------------------------------
-
-
-def axes_of_scores(q: Any, keys: QCache, spec: Any) -> list[tuple[str, int, int]]:
-    """For each axis of the scores in the order of the softmax: "batch", "query" or "key", its number, and its size."""
-    numbers, operand = spec.scores.numbers, spec.scores.operand
-    (own_contract, own_batch), (q_contract, q_batch) = cache_dot_tpu.sides(numbers, operand)
-    batch = [("batch", i, keys.shape[axis]) for i, axis in enumerate(own_batch)]
-    queries, positions = (
-        [(kind, i, shape[axis]) for i, axis in enumerate(a for a in range(len(shape)) if a not in used)]
-        for kind, shape, used in (
-            ("query", q.shape, (*q_contract, *q_batch)),
-            ("key", keys.shape, (*own_contract, *own_batch)),
-        )
-    )
-    free = [*positions, *queries] if operand == 0 else [*queries, *positions]
-    return [[*batch, *free][i] for i in spec.order]
 
 
 def _weights(q: Any, keys: QCache, spec: Any) -> jax.ShapeDtypeStruct:
@@ -119,7 +105,7 @@ def _weights(q: Any, keys: QCache, spec: Any) -> jax.ShapeDtypeStruct:
 def _views(q: Any, keys: QCache, values: QCache, spec: Any) -> tuple[View, View] | None:
     """Keys and values as the kernel sees them, in the same tiles; None where it cannot read both alike."""
     labels, result = axes_of_scores(q, keys, spec), spec.result
-    (contract, _), (weights_contract, weights_batch) = cache_dot_tpu.sides(result.numbers, result.operand)
+    (contract, _), (weights_contract, weights_batch) = sides(result.numbers, result.operand)
     last = len(labels) - 1
     kinds = [kind for kind, *_ in labels]
     if kinds[last] != "key" or kinds.count("key") > 1 or weights_contract != (last,) or len(contract) > 1:

@@ -28,7 +28,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-from pallas_kernels import cache_dot_tpu, kv_cache, partition
+from pallas_kernels import cache_axes, cache_dot_tpu, kv_cache, partition
 from pallas_kernels.kv_cache import QCache
 
 cache_dot_general_p = Primitive("cache_dot_general")
@@ -97,7 +97,7 @@ def reference(
     XLA on CPU converts the codes of the operand at hand to floats before it multiplies, as it copies a float operand
     to transpose it.
     """
-    (own_contract, own_batch), (x_contract, x_batch) = cache_dot_tpu.sides(numbers, operand)
+    (own_contract, own_batch), (x_contract, x_batch) = cache_axes.sides(numbers, operand)
     x_free = [i for i in range(x.ndim) if i not in (*x_contract, *x_batch)]
     free = [i for i in range(cache.ndim) if i not in (*own_contract, *own_batch)]
     contracted = cache.axis + cache.ndim in own_contract

@@ -42,6 +42,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import tile_tpu
+from pallas_kernels.cache_axes import View, restored, rows_of, sides
 from pallas_kernels.formats import Format
 from pallas_kernels.kv_cache import QCache
 from pallas_kernels.matmul_tpu import no_float16, operand_dtype
@@ -53,38 +54,6 @@ _MOST_ROWS = 128
 # Values of the cache in a tile: reading them takes several times as long as a step of the grid does by itself.
 _TILE = 2**20
 VMEM = 11 * 2**20  # of the 16 MiB that a kernel has; the rest is for what `_vmem` does not count
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """A dot as the kernel sees it: products (M, D) @ (D, T) or (M, T) @ (T, D) for each head of each sequence.
-
-    Attributes:
-        kind: "scores" or "values".
-        form: how the codes of a sequence lie: "heads" (T * H, D), "rows" (H, T, D) or "columns" (H, R, T).
-        batch: batch axes by number, in the order in which the cache stores them.
-        lead, heads: sizes of the first of these, sequences, and of the others.
-        tokens: axes of the cache that count positions, as it stores them.
-        t, m, d: how many positions, rows of x, and values of a vector there are.
-        rows, positions: how many of them are in a tile.
-    """
-
-    kind: Literal["scores", "values"]
-    form: Literal["heads", "rows", "columns"]
-    batch: tuple[int, ...]
-    lead: int
-    heads: int
-    tokens: tuple[int, ...]
-    t: int
-    m: int
-    d: int
-    rows: int = 0
-    positions: int = 0
-
-
-def sides(numbers: Any, operand: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(contracted axes, batch axes) of the cache and of the other operand, from the numbers of `lax.dot_general`."""
-    return [(numbers[0][which], numbers[1][which]) for which in (operand, 1 - operand)]
 
 
 def unsupported(
@@ -126,21 +95,8 @@ def dot_general(
     dtype = operand_dtype(x.dtype, x.dtype, precision)
     written = jnp.dtype(jnp.float32) if out_dtype == jnp.float16 else jnp.dtype(out_dtype)
     codes, small = stored(cache, view, numbers, operand)
-    out = _call(view, cache, dtype, rows_of(x, view, numbers, operand), codes, small, written, interpret)
+    out = _call(view, cache, dtype, rows_of(no_float16(x), view, numbers, operand), codes, small, written, interpret)
     return restored(out, x.shape, cache, view, numbers, operand).astype(out_dtype)
-
-
-def rows_of(
-    x: Float[Array, "*_"], view: View, numbers: Any, operand: int, order: Sequence[int] | None = None
-) -> Float[Array, "B H M _"]:
-    """x as the kernel takes it, with its free axes in this order if not in its own."""
-    (own_contract, _), (x_contract, x_batch) = sides(numbers, operand)
-    free = [i for i in range(x.ndim) if i not in (*x_contract, *x_batch)]
-    free = free if order is None else [free[i] for i in order]
-    inner = sorted(range(len(own_contract)), key=own_contract.__getitem__)  # positions, as they are stored
-    axes = [*(x_batch[i] for i in view.batch), *free, *(x_contract[i] for i in inner)]
-    width = view.d if view.kind == "scores" else view.t
-    return no_float16(x).transpose(axes).reshape(view.lead, view.heads, view.m, width)
 
 
 def stored(cache: QCache, view: View, numbers: Any, operand: int) -> tuple[Array, list[Array]]:
@@ -176,20 +132,6 @@ def stored_together(stack: QCache, view: View, numbers: Any, operand: int) -> Ar
     """
     codes = jax.vmap(lambda one: stored(one, view, numbers, operand)[0])(stack)
     return codes.reshape(-1, *codes.shape[2:])
-
-
-def restored(
-    out: Float[Array, "B H M _"], x: tuple[int, ...], cache: QCache, view: View, numbers: Any, operand: int
-) -> Float[Array, "*_"]:
-    """A result of the kernel with the axes of `lax.dot_general`, for an x of this shape."""
-    (own_contract, own_batch), (x_contract, x_batch) = sides(numbers, operand)
-    of_x = [size for i, size in enumerate(x) if i not in (*x_contract, *x_batch)]
-    of_cache = [size for i, size in enumerate(cache.shape) if i not in (*own_contract, *own_batch)]
-    out = out.reshape(*(cache.shape[own_batch[i]] for i in view.batch), *of_x, *of_cache)
-    free = list(range(len(own_batch), out.ndim))
-    if operand == 0:
-        free = [*free[len(of_x) :], *free[: len(of_x)]]
-    return out.transpose(*(view.batch.index(i) for i in range(len(own_batch))), *free)
 
 
 # --- Tiles ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,11 @@ data that compares and hashes, so that layers which do the same share one kernel
 
 **Rounding** is the program's: each operation has the dtype that it has there. bfloat16 is computed in float32 and
 rounded after each operation, as not every chip has bfloat16 arithmetic.
+
+**Codes.** Where the program only goes on to quantize the result, with a range that is known before the call, codes of a
+byte are written instead of floats. They are those of `activations.quantize`, but where its quotient lies within a
+rounding error (of the chip's division, and of the operations before) of the middle between two codes: there, the
+neighbour. A range that depends on the values, such as one for each token, takes the whole row, which no tile has.
 """
 
 from __future__ import annotations
@@ -16,9 +21,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as prims
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
+
+from pallas_kernels.activations import ActSpec
+from pallas_kernels.exact import divide
+from pallas_kernels.formats import Format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +68,8 @@ class Epilogue:
         others: how many other operands.
         steps: in the order in which they run.
         result: number of the value that is the result.
+        codes: how the result is quantized, to integers with a range known before the call: the last of the other
+            operands are its scale and, if it has one, its zero point. None for a result in floats.
     """
 
     dtype: Any
@@ -65,16 +77,19 @@ class Epilogue:
     others: int
     steps: tuple[Step, ...]
     result: int
+    codes: ActSpec | None = None
 
     @property
     def out_dtype(self) -> Any:
         """Of the result."""
+        if self.codes is not None:
+            return jnp.dtype(jnp.int8)
         first = self.products + self.others
         return self.steps[self.result - first].dtype if self.result >= first else self.dtype
 
     def __call__(
         self, products: Sequence[Float[Array, "*stack M N"]], others: Sequence[Array]
-    ) -> Float[Array, "*stack M N"]:
+    ) -> Float[Array, "*stack M N"] | Int8[Array, "*stack M N"]:
         """The result for a tile, or for all of them, in `out_dtype`.
 
         Args:
@@ -92,7 +107,29 @@ class Epilogue:
                 for o in step.operands
             ]
             values.append(_rounded(OPERATIONS[step.primitive](step, *operands), step.dtype))
-        return values[self.result].astype(self.out_dtype)
+        result = values[self.result]
+        return result.astype(self.out_dtype) if self.codes is None else self.encoded(result, others)
+
+    def encoded(self, result: Float[Array, "*stack M N"], others: Sequence[Array]) -> Int8[Array, "*stack M N"]:
+        """The codes of a result in float32, for kernels that do not write bytes; `others` as for the call."""
+        assert self.codes is not None
+        scale, *zero = (_stretched(a, result.shape) for a in others[-2 if self.codes.zero_point else -1 :])
+        return _nearest_codes(result, scale, zero[0] if zero else None, self.codes.format)
+
+
+_ROUNDING = 1.5 * 2**23  # the sum with a smaller number has the nearest integer, ties to even, in its last bits
+_BITS_OF_ROUNDING = 0x4B400000
+
+
+def _nearest_codes(
+    x: Float[Array, "*S"], scale: Float[Array, "*S"], zero: Float[Array, "*S"] | None, format: Format
+) -> Int8[Array, "*S"]:
+    """`activations.quantize`, in operations that every compiler of kernels has; the code of NaN is 0."""
+    y = divide(x, scale)
+    y = y if zero is None else y + zero
+    y = jnp.minimum(jnp.maximum(y, float(format.qmin)), float(format.qmax))
+    codes = lax.bitcast_convert_type(y + _ROUNDING, jnp.int32) - _BITS_OF_ROUNDING
+    return jnp.where(x == x, codes, 0).astype(jnp.int8)
 
 
 def _computed(dtype: Any) -> Any:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.qtensor import QTensor
@@ -44,7 +44,7 @@ def unsupported(x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any, prec
         return "the kernels for GPUs multiply float32, bfloat16 and float16"
     if any(dtype in _HALVES and dtype != operand_dtype(x.dtype, chain) for dtype in chain):
         return "weights are rounded to another type than that of the product"
-    if jnp.promote_types(x.dtype, chain[-1]) == jnp.float32 and not _fast(precision):
+    if jnp.promote_types(x.dtype, chain[-1]) == jnp.float32 and not like_tf32(precision):
         return "the kernels for GPUs multiply float32 about as TF32 does, and a higher precision is asked for"
     if 0 in (*x.shape, *w.words.shape):
         return "empty"
@@ -83,6 +83,11 @@ def split(x: Float[Array, "B M K"], dtype: jnp.dtype) -> Float[Array, "B _ K"]:
     return jnp.concatenate([high, x - high], axis=1).astype(dtype)
 
 
+def layer_operand(layer: Int[Array, ""] | int | None) -> Int32[Array, " 1"]:
+    """The index of a layer as kernels read it, who make it valid (`qtensor.layer_index`): XLA has nothing to launch."""
+    return jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), 1)
+
+
 def join(out: Float[Array, "B _ N"], m: int) -> Float[Array, "B {m} N"]:
     """The product with x from the one with `split(x)`."""
     return out if out.shape[1] == m else out[:, :m] + out[:, m:]
@@ -103,7 +108,8 @@ def finished(
     return [epilogue(whole, others)] if epilogue else whole
 
 
-def _fast(precision: Any) -> bool:
+def like_tf32(precision: Any) -> bool:
+    """Whether a precision, as `lax.dot_general` takes it, asks for no more than TF32."""
     if precision is None:
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     each = precision if isinstance(precision, tuple) else (precision,)

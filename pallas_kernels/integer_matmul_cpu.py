@@ -34,7 +34,7 @@ from pallas_kernels import matmul_cpu, numerics, packing
 from pallas_kernels.exact import finite
 from pallas_kernels.matmul_reference import pick_layer
 from pallas_kernels.numerics import Scales
-from pallas_kernels.qtensor import Layout, QTensor
+from pallas_kernels.qtensor import Layout, QTensor, layer_index
 
 # Codes of a block. At K = N = 4096, with half of them the start of a dot begins to show.
 BLOCK_VALUES = 2**21
@@ -88,8 +88,7 @@ def matmul(
 
     first: Any = 0
     if layer is not None:
-        layer = jnp.asarray(layer, jnp.int32)
-        first = jnp.clip(jnp.where(layer < 0, layer + lead[0], layer), 0, lead[0] - 1) * matrices
+        first = layer_index(layer, lead[0]) * matrices
     if stack:
         index = first + jnp.arange(matrices, dtype=jnp.int32)
         each = (x.reshape(-1, m, k), None if zero is None else zero.reshape(-1, m, 1), index)

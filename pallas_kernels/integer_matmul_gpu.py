@@ -9,14 +9,19 @@ round it, and writes a byte for each value: 5 bytes for each value of a bfloat16
 nothing for what it fuses with the operation before. On an H100 that takes as long, from memory, as the product with
 some 1500 columns would at its peak: with several matmuls that share an input, it is done once.
 
+What a program does with the results is done in the kernel (`fused_kernel`), which writes codes where the next product
+takes codes with a range known before: nothing is read or written for those, as above, then.
+
 **Only in `target_chip`**, as the kernels of `matmul_gpu`: none of them has run on a GPU yet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels import blocks_gpu, tile_triton
+from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.matmul_gpu import HOPPER
 from pallas_kernels.qtensor import QTensor
 
@@ -43,3 +48,16 @@ def kernel(x: Any, w: QTensor, out_dtype: Any) -> tuple[Any, str | None]:
 
     slower = integer_matmul_triton.unsupported(x, w, out_dtype)
     return (None, slower) if slower else (integer_matmul_triton, reason)
+
+
+def fused_kernel(x: Any, weights: Sequence[QTensor], epilogue: Epilogue) -> tuple[Any, str | None]:
+    """The module whose `fused_matmul` computes products with their epilogue, or None, and why there is none.
+
+    Args:
+        x: as for `kernel`.
+        weights: packed alike.
+        epilogue: what is made of the products.
+    """
+    found, reason = kernel(x, weights[0], epilogue.dtype)
+    reason = found.unsupported_epilogue(epilogue, weights[0]) if found else reason
+    return (None, reason) if reason else (found, None)

@@ -19,6 +19,10 @@ Everything that adds up codes is in that one dot, because the vector unit would 
 * Groups of less than 128 values are narrower than the matrix unit. The tile of x is stacked on itself, each copy zero
   outside one of the groups: a single dot gives their sums apart.
 
+Products of one x with two weights that are packed alike share its tiles, and what a program does with the results
+(`pallas_kernels.epilogue`) is done to scaled sums, a strip of rows at a time: codes of x come in, and codes of the next
+product's x may go out.
+
 No array is copied before the kernel, but scales that it cannot read: float16 and double-quantized ones. A stack axis is
 a grid axis, and `layer` a prefetched scalar that index maps add, so no matrix is sliced out of a stack. What lies
 beyond the edge of an array is undefined there: x is set to 0, so that the weight does not count, and scales are; rows
@@ -29,8 +33,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,12 +46,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int8, Int32
 
 from pallas_kernels import blocks_tpu, numerics, tile_tpu
+from pallas_kernels.activations import Activation
+from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.exact import finite
 from pallas_kernels.formats import Format
 from pallas_kernels.integer_matmul_cpu import rescale
+from pallas_kernels.matmul_tpu import STRIP, Beside, finish_strips
 from pallas_kernels.packing import PLANES
-from pallas_kernels.qtensor import QTensor
-from pallas_kernels.tile_tpu import K_MULTIPLE, LANES
+from pallas_kernels.qtensor import QTensor, layer_index
+from pallas_kernels.tile_tpu import K_MULTIPLE, LANES, SUBLANES
 
 # Rows of int8 in a register, and int8 in a lane of it.
 _ROWS, _BYTES = 32, 4
@@ -56,6 +64,7 @@ _LEAST_GROUP = 16
 _SUMS = 512
 # What tiles may take of VMEM: every chip gives a kernel 16 MiB.
 _VMEM = 12 * 2**20
+_ALONE = Beside()
 
 
 # --- Tiles -----------------------------------------------------------------------------------------------------
@@ -74,18 +83,23 @@ class Blocks:
     k: int
 
 
-def default_blocks(m: int, w: QTensor) -> Blocks:
+def default_blocks(m: int, w: QTensor, beside: Beside = _ALONE) -> Blocks:
     """Tiles for `m` rows of x: those of the table of `blocks_tpu` for this chip, cut to the matrix, or chosen by size.
 
     With few rows the time goes to reading the weight, and tiles are deep. With many, the larger the tile of the result
     the fewer times anything is read.
+
+    Args:
+        m: rows of x.
+        w: the weight.
+        beside: what else is in the kernel.
     """
     k, n = w.layout.k, w.layout.n
     bm = _up(m, _ROWS) if m <= 512 else _up(pl.cdiv(m, pl.cdiv(m, 512)), LANES)
     entry = blocks_tpu.lookup("integer_matmul", min(m, bm), k, w.spec, w.order, jnp.int8)
     most_n, most_k = (entry.n, entry.k) if entry else (512, 4096 if m <= 64 else 1024)
     chosen = Blocks(bm, min(_up(n, LANES), most_n), _depth(k, w.group_size, most_k))
-    while not fits(chosen, w) and max(chosen.m, chosen.n) > LANES:
+    while not fits(chosen, w, beside) and max(chosen.m, chosen.n) > LANES:
         if chosen.n > LANES and chosen.n >= chosen.m:
             chosen = dataclasses.replace(chosen, n=_up(chosen.n // 2, LANES))
         else:
@@ -93,9 +107,9 @@ def default_blocks(m: int, w: QTensor) -> Blocks:
     return chosen
 
 
-def fits(blocks: Blocks, w: QTensor) -> bool:
+def fits(blocks: Blocks, w: QTensor, beside: Beside = _ALONE) -> bool:
     """Whether a kernel with such tiles has enough VMEM, by an estimate."""
-    return _vmem_bytes(blocks, w) <= _VMEM
+    return _vmem_bytes(blocks, w, beside) <= _VMEM
 
 
 def _depth(k: int, group: int, most: int) -> int:
@@ -107,22 +121,24 @@ def _depth(k: int, group: int, most: int) -> int:
     return _up(pl.cdiv(k, tiles), unit)
 
 
-def _vmem_bytes(blocks: Blocks, w: QTensor) -> int:
+def _vmem_bytes(blocks: Blocks, w: QTensor, beside: Beside) -> int:
     """What windows (twice, as the next is read meanwhile), scratch and the largest values take."""
     m, n, k = blocks.m + _ROWS, blocks.n + LANES, blocks.k
     rows = k if w.order == "nk" else sum(part.rows for part in tile_tpu.windows(w.spec.format, w.layout.k, k))
     words = rows * n * (1 if w.spec.format.bits == 8 else 4)
     groups = pl.cdiv(w.layout.k, w.group_size)
     copies = max(1, LANES // w.group_size) if groups > 1 else 1
-    windows = 2 * (m * k + words + 6 * groups * n + 4 * m * n)
-    return windows + 8 * groups * n + k * n + copies * m * LANES + (2 + copies) * 4 * m * n
+    others = sum((m if rows else SUBLANES) * (n if columns else LANES) * 4 for rows, columns in beside.others)
+    windows = 2 * (m * k + beside.weights * (words + 6 * groups * n) + others + 4 * m * n)
+    held = beside.weights * (8 * groups * n + 2 * 4 * m * n)
+    return windows + held + k * n + copies * m * LANES + copies * 4 * m * n
 
 
 def _up(size: int, unit: int) -> int:
     return pl.cdiv(size, unit) * unit
 
 
-def unsupported(shape: tuple[int, ...], w: QTensor) -> str | None:
+def unsupported(shape: tuple[int, ...], w: QTensor, beside: Beside = _ALONE) -> str | None:
     """Why x of this shape times this weight is left to the reference; None if it is not."""
     k, group = w.layout.k, w.group_size
     if 0 in (*shape, w.layout.n):
@@ -133,6 +149,8 @@ def unsupported(shape: tuple[int, ...], w: QTensor) -> str | None:
         return f"groups of {group} values neither divide a register of {LANES} lanes nor fill several"
     if group < k and group % LANES == 0 and group % K_MULTIPLE and group > 4 * K_MULTIPLE:
         return f"groups of {group} values are cut by tiles of {K_MULTIPLE}"
+    if beside != _ALONE and not fits(default_blocks(shape[-2], w, beside), w, beside):
+        return "what the epilogue reads does not fit into VMEM"
     return None
 
 
@@ -150,6 +168,8 @@ class _Product:
         group: values along K that share a scale.
         zero, weight_zero: whether x and the weight have zero points.
         blocks: sizes of the tiles.
+        weights: how many are multiplied.
+        epilogue: what is made of the products, if not the result itself.
     """
 
     m: int
@@ -160,6 +180,8 @@ class _Product:
     zero: bool
     weight_zero: bool
     blocks: Blocks
+    weights: int
+    epilogue: Epilogue | None
 
     @property
     def groups(self) -> int:
@@ -173,8 +195,11 @@ class _Product:
 
     @property
     def stored(self) -> int:
-        """Rows of the tile of the result: registers of float32 hold 8, and padding of x beyond that is not scaled."""
-        return min(self.blocks.m, _up(self.m, 8))
+        """Rows of the tile of the result: what fills registers of it; padding of x beyond that is not scaled."""
+        if self.epilogue is not None and self.epilogue.codes is not None:
+            return self.blocks.m
+        strips = self.epilogue is not None and self.m > SUBLANES
+        return min(self.blocks.m, _up(self.m, STRIP if strips else SUBLANES))
 
     @property
     def ones(self) -> int:
@@ -198,11 +223,19 @@ class _Product:
         units, most = self.blocks.k // unit, max(1, _SUMS // (self.rows * (unit // self.group)))
         return unit * max(count for count in range(1, most + 1) if units % count == 0)
 
+    @property
+    def windows(self) -> list[tile_tpu.Window]:
+        """Those of the words along K, in order "kn"."""
+        return tile_tpu.windows(self.format, self.k, self.blocks.k)
+
+    @property
+    def arrays(self) -> int:
+        """How many windows a weight has, those of scales and zero points included."""
+        return (2 if self.weight_zero else 1) + (1 if self.order == "nk" else len(self.windows))
+
     def scratch(self) -> dict[str, Any]:
-        """By name, what is kept from one tile along K to the next."""
+        """By name, what is kept of a weight from one tile along K to the next."""
         n, kept = self.blocks.n, {}
-        if self.zero:
-            kept["zero"] = pltpu.VMEM((self.stored, 1), jnp.int32)
         if self.groups > 1:
             kept["values"] = pltpu.VMEM((self.groups, n), jnp.float32)
             kept["total"] = pltpu.VMEM((self.stored, n), jnp.float32)
@@ -210,6 +243,8 @@ class _Product:
                 kept["weight_zero"] = pltpu.VMEM((self.groups, n), jnp.int32)
         if self.steps > 1 and self.group > self.blocks.k:
             kept["acc"] = pltpu.VMEM((self.rows, self.columns), jnp.int32)
+        if self.epilogue is not None and self.groups == 1:
+            kept["total"] = pltpu.VMEM((self.stored, n), jnp.float32)
         return kept
 
 
@@ -231,152 +266,287 @@ def matmul(
         blocks: sizes of the tiles; by default `default_blocks` chooses.
         interpret: run the kernel as plain JAX operations, on any platform.
     """
-    *stack, m, k = x.shape
+    stored = jnp.dtype(jnp.float32 if out_dtype == jnp.float16 else out_dtype)
+    how: dict[str, Any] = {"blocks": blocks, "interpret": interpret}
+    return _multiplied(Activation(x, scale, zero), [w], [], [layer], None, stored, **how).astype(out_dtype)
+
+
+def fused_matmul(
+    x: Activation,
+    weights: Sequence[QTensor],
+    others: Sequence[Float[Array, "_ _ _"]],
+    *,
+    layers: Sequence[Int[Array, ""] | int | None],
+    epilogue: Epilogue,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> Float[Array, "*stack M N"] | Int8[Array, "*stack M N"]:
+    """The epilogue of the products of x with one or two weights, in one kernel; it starts from the bits of `matmul`.
+
+    Args:
+        x: codes `(*stack, M, K)`, with scales and zero points `(*stack, M, 1)`.
+        weights: packed alike, so that they differ in values alone; none that is `unsupported`.
+        others: what else the epilogue reads, `(stack or 1, M or 1, N or 1)` each, the stack merged.
+        layers: for each weight, as for `matmul`.
+        epilogue: what is made of the products.
+        blocks, interpret: as for `matmul`.
+    """
+    return _multiplied(x, weights, others, layers, epilogue, epilogue.out_dtype, blocks=blocks, interpret=interpret)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """The arrays of a weight as the kernel reads them, all matrices along one axis.
+
+    Attributes:
+        first: index of the first matrix of the layer in the words, and in the scales.
+        words: in the order of the product.
+        values, zero: scales, and zero points if there are any, in order "kn".
+    """
+
+    first: Int[Array, " 2"]
+    words: Int[Array, "B _ _"]
+    values: Float[Array, "_ G _"]
+    zero: Int8[Array, "_ G _"] | None
+
+    @staticmethod
+    def of(w: QTensor, layer: Int[Array, ""] | int | None, matrices: int) -> _Packed:
+        """From a weight with so many matrices in a layer."""
+        first = first_scales = jnp.zeros((), jnp.int32)
+        scales = w.matrix_arrays()[1]
+        if layer is not None:
+            layer = layer_index(layer, w.words.shape[0])
+            first = layer * matrices
+            if not (w.spec.double_quant or scales.values.dtype == jnp.float16):
+                first_scales = first
+            else:  # they are converted: those of one layer, not of all
+                scales = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, 0, keepdims=False), scales)
+        scales = numerics.plain_scales(scales)
+        values = scales.values.astype(jnp.float32) if scales.values.dtype == jnp.float16 else scales.values
+        words, values, *zero = (a.reshape(-1, *a.shape[-2:]) for a in (w.words, values, scales.zero) if a is not None)
+        return _Packed(jnp.stack([first, first_scales]), words, values, zero[0] if zero else None)
+
+
+def _multiplied(
+    x: Activation,
+    weights: Sequence[QTensor],
+    others: Sequence[Float[Array, "_ _ _"]],
+    layers: Sequence[Int[Array, ""] | int | None],
+    epilogue: Epilogue | None,
+    out_dtype: Any,
+    *,
+    blocks: Blocks | None,
+    interpret: bool,
+) -> Array:
+    """What the epilogue makes of the products, or the only product, in a dtype that the kernel writes."""
+    w, *_ = weights
+    *stack, m, k = x.codes.shape
     n, matrices = w.layout.n, math.prod(stack)
-    size = blocks or default_blocks(m, w)
-    scales = w.matrix_arrays()[1]
-    product = _Product(m, k, w.spec.format, w.order, w.group_size, zero is not None, scales.zero is not None, size)
-
-    first = first_scales = jnp.zeros((), jnp.int32)
-    if layer is not None:
-        layers = w.words.shape[0]
-        layer = jnp.asarray(layer, jnp.int32)
-        layer = jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)
-        first = layer * matrices
-        if not (w.spec.double_quant or scales.values.dtype == jnp.float16):
-            first_scales = first
-        else:  # they are converted: those of one layer, not of all
-            scales = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, 0, keepdims=False), scales)
-    scales = numerics.plain_scales(scales)
-    values = scales.values.astype(jnp.float32) if scales.values.dtype == jnp.float16 else scales.values
-
+    size = blocks or default_blocks(m, w, Beside.of(len(weights), [a.shape for a in others]))
+    packed = [_Packed.of(w, layer, matrices) for w, layer in zip(weights, layers, strict=True)]
+    zeros = x.zero is not None, w.scales.zero is not None
+    product = _Product(m, k, w.spec.format, w.order, w.group_size, *zeros, size, len(weights), epilogue)
     operands, specs = [], []
 
     def add(a: Array, block: tuple[int, int], index: Any) -> None:
-        """An operand whose axes in front of the last two become one, which `index` counts too."""
-        operands.append(a.reshape(-1, *a.shape[-2:]))
+        """An operand with one axis in front of the last two, which `index` counts too."""
+        operands.append(a)
         specs.append(pl.BlockSpec((None, *block), index))
 
-    add(x, (size.m, size.k), lambda s, i, j, t, first: (s, i, t))
-    for a in (scale, zero):
+    add(x.codes.reshape(-1, m, k), (size.m, size.k), lambda s, i, j, t, first: (s, i, t))
+    for a in (x.scale, x.zero):
         if a is not None:  # along the lanes: as a column, each number would fill a register
-            add(a.reshape(*stack, 1, m), (1, min(size.m, m)), lambda s, i, j, t, first: (s, 0, i))
-    for a in values, scales.zero:
-        if a is not None:
-            wide = a.shape[-1] > 1
-            add(a, (a.shape[-2], size.n if wide else 1), lambda s, i, j, t, first, w=wide: (first[1] + s, 0, j * w))
-    if w.order == "nk":
-        add(w.words, (size.n, size.k), lambda s, i, j, t, first: (first[0] + s, j, t))
-    else:
-        for part in tile_tpu.windows(w.spec.format, k, size.k):
-            add(
-                w.words,
-                (part.rows, size.n),
-                lambda s, i, j, t, first, part=part: (first[0] + s, part.first + part.step * t, j),
-            )
-
-    stored = jnp.float32 if out_dtype == jnp.float16 else out_dtype
+            add(a.reshape(-1, 1, m), (1, min(size.m, m)), lambda s, i, j, t, first: (s, 0, i))
+    for which, own in enumerate(packed):
+        at, at_scales = 2 * which, 2 * which + 1
+        for a in own.values, own.zero:
+            if a is not None:
+                wide = a.shape[-1] > 1
+                block = a.shape[-2], size.n if wide else 1
+                add(a, block, lambda s, i, j, t, first, w=wide, at=at_scales: (first[at] + s, 0, j * w))
+        if w.order == "nk":
+            add(own.words, (size.n, size.k), lambda s, i, j, t, first, at=at: (first[at] + s, j, t))
+        else:
+            for part in product.windows:
+                add(
+                    own.words,
+                    (part.rows, size.n),
+                    lambda s, i, j, t, first, part=part, at=at: (first[at] + s, part.first + part.step * t, j),
+                )
+    for a in others:
+        once = [length == 1 for length in a.shape]
+        block = 1 if once[1] else product.stored, 1 if once[2] else size.n
+        add(
+            a,
+            block,
+            lambda s, i, j, t, first, once=once: tuple(0 if o else at for o, at in zip(once, (s, i, j), strict=True)),
+        )
     out = pl.pallas_call(
         functools.partial(_kernel, product),
-        out_shape=jax.ShapeDtypeStruct((matrices, m, n), stored),
+        out_shape=jax.ShapeDtypeStruct((matrices, m, n), out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(matrices, pl.cdiv(m, size.m), pl.cdiv(n, size.n), product.steps),
             in_specs=specs,
             out_specs=pl.BlockSpec((None, product.stored, size.n), lambda s, i, j, t, first: (s, i, j)),
-            scratch_shapes=list(product.scratch().values()),
+            scratch_shapes=[
+                *([pltpu.VMEM((product.stored, 1), jnp.int32)] if product.zero else []),
+                *list(product.scratch().values()) * len(weights),
+            ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=2 * matrices * m * k * n,
-            bytes_accessed=x.size + matrices * k * n * w.spec.format.bits // 8 + matrices * m * n * 4,
+            flops=2 * matrices * m * k * n * len(weights),
+            bytes_accessed=x.codes.size
+            + matrices * k * n * w.spec.format.bits // 8 * len(weights)
+            + sum(a.nbytes for a in others)
+            + matrices * m * n * 4,
             transcendentals=0,
         ),
         interpret=interpret,
-        name="integer_matmul",
-    )(jnp.stack([first, first_scales]), *operands)
-    return out.astype(out_dtype).reshape(*stack, m, n)
+        name="fused_integer_matmul" if epilogue else "integer_matmul",
+    )(jnp.concatenate([own.first for own in packed]), *operands)
+    return out.reshape(*stack, m, n)
 
 
 # --- The kernel ------------------------------------------------------------------------------------------------
 
 
-def _kernel(product: _Product, first: Any, x: Any, scale: Any, *refs: Any) -> None:
-    """One tile along K; the last one stores the result."""
-    names = list(product.scratch())
-    rest, kept = list(refs[: len(refs) - len(names)]), dict(zip(names, refs[len(refs) - len(names) :], strict=True))
-    out = rest.pop()
-    zero = rest.pop(0) if product.zero else None
-    columns = {"values": rest.pop(0)}
-    if product.weight_zero:
-        columns["weight_zero"] = rest.pop(0)
-    step, group, deep = pl.program_id(3), product.group, product.blocks.k
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """A weight in the kernel.
 
-    @pl.when(step == 0)
-    def _() -> None:
-        if zero is not None:
-            kept["zero"][...] = _column(zero[...], product.stored).astype(jnp.int32)
-        for name, ref in columns.items():
-            if name in kept:  # rows of narrow types cannot be picked one by one
-                kept[name][...] = ref[...].astype(kept[name].dtype)
-        if "total" in kept:
-            kept["total"][...] = jnp.zeros_like(kept["total"])
-        if "acc" in kept:
-            kept["acc"][...] = jnp.zeros_like(kept["acc"])
+    Attributes:
+        product: what is computed.
+        columns: references to scales and zero points, by the names of `_Product.scratch`.
+        words: references to the windows of its words.
+        kept: what is kept of it, by name.
+        zero: reference to the zero points of x as a column, or None.
+    """
 
-    def of_group(name: str, g: Any) -> Array:
+    product: _Product
+    columns: dict[str, Any]
+    words: list[Any]
+    kept: dict[str, Any]
+    zero: Any
+
+    def begin(self) -> None:
+        """Before the first tile along K."""
+        for name, ref in self.columns.items():
+            if name in self.kept:  # rows of narrow types cannot be picked one by one
+                self.kept[name][...] = ref[...].astype(self.kept[name].dtype)
+        for name in ("total", "acc") if self.product.groups > 1 else ("acc",):
+            if name in self.kept:
+                self.kept[name][...] = jnp.zeros_like(self.kept[name])
+
+    def of_group(self, name: str, g: Any) -> Array:
         """Row g of a scale array, as a number."""
+        product, kept = self.product, self.kept
         if name not in kept:
-            return columns[name][...].astype(jnp.int32 if name == "weight_zero" else jnp.float32)
-        if product.steps * deep <= product.groups * group:
+            return self.columns[name][...].astype(jnp.int32 if name == "weight_zero" else jnp.float32)
+        if product.steps * product.blocks.k <= product.groups * product.group:
             return kept[name][pl.ds(g, 1), :]
         # the last tile reaches beyond the last group
         return jnp.where(g < product.groups, kept[name][pl.ds(jnp.minimum(g, product.groups - 1), 1), :], 0)
 
-    def scaled(acc: Int32[Array, "_ _"], g: Any) -> Float[Array, "_ bn"]:
+    def scaled(self, acc: Int32[Array, "_ _"], g: Any) -> Float[Array, "_ bn"]:
         """The sums of group g, zero points taken out, times the scales of the weight."""
-        rows, bn = product.stored, product.blocks.n
+        product, rows, bn = self.product, self.product.stored, self.product.blocks.n
         sums, of_columns = acc[:rows, :bn], acc[product.ones : product.ones + 1, :bn]
-        weight_zero = of_group("weight_zero", g) if product.weight_zero else None
-        if zero is not None:
+        weight_zero = self.of_group("weight_zero", g) if product.weight_zero else None
+        if self.zero is not None:
             if weight_zero is not None:
-                of_columns -= jnp.clip(product.k - g * group, 0, group) * weight_zero
-            sums -= kept["zero"][...] * of_columns
+                of_columns -= jnp.clip(product.k - g * product.group, 0, product.group) * weight_zero
+            sums -= self.zero[...] * of_columns
         if weight_zero is not None:
             of_rows = jnp.concatenate([acc[:rows, bn:]] * (bn // LANES), axis=1)
             sums -= of_rows * weight_zero
-        return finite(sums.astype(jnp.float32) * of_group("values", g))
+        return finite(sums.astype(jnp.float32) * self.of_group("values", g))
 
-    last = step == product.steps - 1
-    if product.groups > 1 and group <= deep:
-        part = product.part
+    def add_groups(self, rows: Int8[Array, "_ _"], step: Any, i: Any) -> None:
+        """Adds the groups of part i of a tile along K to the total."""
+        product, part = self.product, self.product.part
+        first = step * (product.blocks.k // product.group) + i * (part // product.group)
+        for p, acc in enumerate(_groups(product, rows, _weight(product, self.words, step, i, part))):
+            self.kept["total"][...] += self.scaled(acc, first + p)
 
-        def add(i: Any, _: None) -> None:
-            tile, weight = _rows(product, x, step, i, part), _weight(product, rest, step, i, part)
-            for p, acc in enumerate(_groups(product, tile, weight)):
-                kept["total"][...] += scaled(acc, step * (deep // group) + i * (part // group) + p)
-
-        lax.fori_loop(0, deep // part, add, None)
-    else:
-        acc = _dot(product, _rows(product, x, step, 0, deep), _weight(product, rest, step, 0, deep))
+    def add(self, rows: Int8[Array, "_ _"], step: Any) -> Int32[Array, "_ _"]:
+        """The sum of a group, or of what of it this tile is the end of; adds it to the total where it is complete."""
+        product, kept, deep = self.product, self.kept, self.product.blocks.k
+        acc = _dot(product, rows, _weight(product, self.words, step, 0, deep))
         if "acc" in kept:
             acc += kept["acc"][...]
             kept["acc"][...] = acc
-        if "total" in kept:
-            tiles = group // deep
+        if product.groups > 1:
+            tiles = product.group // deep
 
-            @pl.when(last | (lax.rem(step + 1, tiles) == 0))
+            @pl.when((step == product.steps - 1) | (lax.rem(step + 1, tiles) == 0))
             def _() -> None:
-                kept["total"][...] += scaled(kept["acc"][...], lax.div(step, tiles))
+                kept["total"][...] += self.scaled(kept["acc"][...], lax.div(step, tiles))
                 kept["acc"][...] = jnp.zeros_like(kept["acc"])
 
-    @pl.when(last)
+        return acc
+
+
+def _kernel(product: _Product, first: Any, x: Any, scale: Any, *refs: Any) -> None:
+    """One tile along K; the last one stores the result.
+
+    Args:
+        product: what is computed.
+        first: indices of matrices, which index maps read.
+        x, scale: tiles of the codes of x and of their scales.
+        refs: zero points of x, where there are some; scales, zero points and words of each weight; other operands of
+            the epilogue; the result; zero points of x as a column, and what is kept of each weight.
+    """
+    rest = iter(refs)
+
+    def take(count: int) -> list[Any]:
+        return list(itertools.islice(rest, count))
+
+    step, deep, names = pl.program_id(3), product.blocks.k, list(product.scratch())
+    zero = take(1)[0] if product.zero else None
+    given = [take(product.arrays) for _ in range(product.weights)]
+    others, (out,) = take(product.epilogue.others if product.epilogue else 0), take(1)
+    column: Any = take(1)[0] if product.zero else None
+    weights, small = [], 2 if product.weight_zero else 1
+    for arrays in given:
+        columns: dict[str, Any] = dict(zip(("values", "weight_zero"), arrays[:small], strict=False))
+        kept = dict(zip(names, take(len(names)), strict=True))
+        weights.append(_Weight(product, columns, arrays[small:], kept, column))
+
+    @pl.when(step == 0)
     def _() -> None:
-        if "total" in kept:
-            total = kept["total"][...]
-        else:
-            total = scaled(kept["acc"][...] if "acc" in kept else acc, 0)
-        out[...] = rescale(total, _column(scale[...], product.stored), out.dtype)
+        if zero is not None:
+            column[...] = _column(zero[...], product.stored).astype(jnp.int32)
+        for weight in weights:
+            weight.begin()
+
+    sums = [None] * len(weights)
+    if product.groups > 1 and product.group <= deep:
+
+        def add(i: Any, _: None) -> None:
+            tile = _rows(product, x, step, i, product.part)
+            for weight in weights:
+                weight.add_groups(tile, step, i)
+
+        lax.fori_loop(0, deep // product.part, add, None)
+    else:
+        tile = _rows(product, x, step, 0, deep)
+        sums = [weight.add(tile, step) for weight in weights]
+
+    @pl.when(step == product.steps - 1)
+    def _() -> None:
+        scales = _column(scale[...], product.stored)
+        for weight, acc in zip(weights, sums, strict=True):
+            kept = weight.kept
+            if product.groups > 1:
+                total = kept["total"][...]
+            else:
+                total = weight.scaled(kept["acc"][...] if "acc" in kept else acc, 0)
+            target = out if product.epilogue is None else kept["total"]
+            target[...] = rescale(total, scales, target.dtype)
+        if product.epilogue is not None:
+            finish_strips(product.epilogue, [(weight.kept["total"], None) for weight in weights], others, out)
 
 
 def _column(row: Float[Array, "1 M"], rows: int) -> Float[Array, "{rows} 1"]:

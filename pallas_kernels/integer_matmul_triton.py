@@ -4,7 +4,8 @@ One program of the grid makes a tile of the result: int8 codes times int8 codes,
 registers, by `mma` into s32. With one scale for a column, all of K is added up in s32 and scaled once; where tiles are
 few, K is split among programs, and XLA adds up the parts. With groups, each is added up in s32, scaled, and added to a
 float32 sum, in ascending order. Zero points of x need the sums of the columns of the weight: a product with 16 rows of
-ones. Edges are masked, and the layer of a scanned stack is an operand that offsets the loads.
+ones. Edges are masked, and the layer of a scanned stack is an operand that offsets the loads. Products of one x with
+two weights share its tiles, and epilogues are what they are in `matmul_triton`.
 
 On Hopper this is the kernel for what `integer_matmul_mosaic_gpu` does not take; `matmul_triton` says more on Triton's
 place there and in versions of JAX.
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,10 +26,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int8, Int32
 
-from pallas_kernels import integer_operands_gpu, tile_triton
+from pallas_kernels import integer_operands_gpu, matmul_triton, tile_triton
+from pallas_kernels.activations import Activation
+from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.exact import finite
+from pallas_kernels.gpu_operands import layer_operand
 from pallas_kernels.integer_matmul_cpu import rescale
-from pallas_kernels.qtensor import QTensor
+from pallas_kernels.qtensor import QTensor, layer_index
 
 pltriton: Any
 try:
@@ -79,34 +85,85 @@ def matmul(
     Raises:
         ValueError: `blocks` cuts groups.
     """
-    *stack, m, k = x.shape
+    how: dict[str, Any] = {"blocks": blocks, "interpret": interpret}
+    return _multiplied(Activation(x, scale, zero), [w], [], [layer], None, jnp.dtype(out_dtype), **how)
+
+
+def fused_matmul(
+    x: Activation,
+    weights: Sequence[QTensor],
+    others: Sequence[Float[Array, "_ _ _"]],
+    *,
+    layers: Sequence[Int[Array, ""] | int | None],
+    epilogue: Epilogue,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> Float[Array, "*stack M N"] | Int8[Array, "*stack M N"]:
+    """The epilogue of the products of x with one or two weights, in one kernel; it starts from the bits of `matmul`.
+
+    Args:
+        x: codes `(*stack, M, K)`, with scales and zero points `(*stack, M, 1)`.
+        weights: packed alike, so that they differ in values alone; none that is `unsupported`.
+        others: what else the epilogue reads, `(stack or 1, M or 1, N or 1)` each, the stack merged.
+        layers: for each weight, as for `matmul`.
+        epilogue: what is made of the products, none that is `unsupported_epilogue`.
+        blocks, interpret: as for `matmul`.
+
+    Raises:
+        ValueError: `blocks` cuts groups.
+    """
+    return _multiplied(x, weights, others, layers, epilogue, epilogue.out_dtype, blocks=blocks, interpret=interpret)
+
+
+def _multiplied(
+    x: Activation,
+    weights: Sequence[QTensor],
+    others: Sequence[Float[Array, "_ _ _"]],
+    layers: Sequence[Int[Array, ""] | int | None],
+    epilogue: Epilogue | None,
+    out_dtype: jnp.dtype,
+    *,
+    blocks: Blocks | None,
+    interpret: bool,
+) -> Array:
+    """What the epilogue makes of the products, or the only product, in this dtype."""
+    w, *_ = weights
+    *stack, m, k = x.codes.shape
     n, group = w.layout.n, w.group_size
     batch = math.prod(stack)
-    blocks = blocks or default_blocks(m, w, batch=batch)
+    blocks = blocks or default_blocks(m, w, batch=batch, weights=len(weights))
     if group != k and (group % blocks.k or blocks.splits > 1):
         raise ValueError(f"qjax: {blocks}: the size {group} of a group must be a multiple of k, and splits 1.")
-    codes = x.reshape(batch, m, k)
-    operands = {
-        "layer": jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), 1),
-        "x": codes,
-        "words": w.words.reshape(-1, *w.words.shape[-2:]),
-        "values": w.scales.values.reshape(-1, *w.scales.values.shape[-2:]),
-        "scale": scale.reshape(batch, m),
-    }
-    if zero is not None:
-        operands["zero"] = zero.reshape(batch, m)
-    sums = None
+    whole = blocks.splits == 1
+    codes = x.codes.reshape(batch, m, k)
+    of_x, sums = {"x": codes, "scale": x.scale.reshape(batch, m)}, None
+    if x.zero is not None:
+        of_x["zero"] = x.zero.reshape(batch, m)
     if w.scales.zero is not None:
-        sums = integer_operands_gpu.row_sums(codes, None if zero is None else zero.reshape(batch, m, 1), group)
-        if blocks.splits == 1:
-            operands["sums"] = sums
-            operands["weight_zero"] = w.scales.zero.reshape(-1, *w.scales.zero.shape[-2:])
-    kept = jnp.dtype(out_dtype) if blocks.splits == 1 else jnp.dtype(jnp.int32)
-    product = _Product(k, n, w.spec.format.bits, group, w.order, kept, blocks)
-    out = _call(product, operands, interpret)
-    if blocks.splits == 1:
-        return out[0].reshape(*stack, m, n)
-    return integer_operands_gpu.rescale_parts(out, scale, sums, w, layer, out_dtype)
+        sums = integer_operands_gpu.row_sums(codes, None if x.zero is None else x.zero.reshape(batch, m, 1), group)
+        if whole:
+            of_x["sums"] = sums
+
+    def of_weight(w: QTensor, layer: Any) -> dict[str, Array]:
+        arrays = {"words": w.words, "values": w.scales.values}
+        if whole and w.scales.zero is not None:
+            arrays["zero"] = w.scales.zero
+        return {"layer": layer_operand(layer), **{name: a.reshape(-1, *a.shape[-2:]) for name, a in arrays.items()}}
+
+    packed = [of_weight(w, layer) for w, layer in zip(weights, layers, strict=True)]
+    kept, inside = (out_dtype, epilogue) if whole else (jnp.dtype(jnp.int32), None)
+    product = _Product(k, n, w.spec.format.bits, group, w.order, kept, blocks, len(weights), inside)
+    results = _call(product, of_x, packed, others if inside else [], interpret)
+    if whole:
+        return results[0][0].reshape(*stack, m, n)
+    dtype = out_dtype if epilogue is None else jnp.dtype(jnp.float32)
+    products = [
+        integer_operands_gpu.rescale_parts(out, x.scale, sums, w, layer, dtype)
+        for out, w, layer in zip(results, weights, layers, strict=True)
+    ]
+    if epilogue is None:
+        return products[0]
+    return epilogue([a.reshape(batch, m, n) for a in products], others).reshape(*stack, m, n)
 
 
 def unsupported(x: Any, w: QTensor, out_dtype: Any) -> str | None:
@@ -120,21 +177,28 @@ def unsupported(x: Any, w: QTensor, out_dtype: Any) -> str | None:
     return tile_triton.unaddressable(w.words)
 
 
+def unsupported_epilogue(epilogue: Epilogue, w: QTensor) -> str | None:
+    """Why the kernel does not apply an epilogue to products with weights like this one, or None."""
+    return matmul_triton.unsupported_epilogue(epilogue)
+
+
 _LEAST_K, _MOST_K = 32, 128
 _PROCESSORS = 108  # streaming multiprocessors of an NVIDIA A100
 
 
-def default_blocks(m: int, w: QTensor, *, batch: int = 1) -> Blocks:
+def default_blocks(m: int, w: QTensor, *, batch: int = 1, weights: int = 1) -> Blocks:
     """Tiles by shape alone: tall ones for many rows of x, enough programs for every multiprocessor. Nothing was timed.
 
     Args:
         m: rows of x.
         w: the weight.
         batch: products of this size.
+        weights: how many are multiplied with a tile of x.
     """
     k, n, group = w.layout.k, w.layout.n, w.group_size
-    rows = min(128, max(16, pl.next_power_of_2(m)))
-    columns = min(128 if rows > 16 else 64, max(16, pl.next_power_of_2(n)))
+    rows = min(128 // weights, max(16, pl.next_power_of_2(m)))
+    wide = rows > 16 and (weights == 1 or group == k)  # a pair with groups has four arrays of sums in registers
+    columns = min(128 if wide else 64, max(16, pl.next_power_of_2(n)))
     depth = _MOST_K if group == k else min(_MOST_K, group & -group)
     splits = 1
     if group == k:
@@ -145,7 +209,16 @@ def default_blocks(m: int, w: QTensor, *, batch: int = 1) -> Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """What the kernel has to know beside its operands."""
+    """What the kernel has to know beside its operands.
+
+    Attributes:
+        k, n: sizes of the weight's matrix.
+        bits, group, order: of the weights.
+        out_dtype: of what is written: int32 sums where K is split.
+        blocks: how it is cut.
+        weights: how many are multiplied.
+        epilogue: what is made of the products in the kernel, if not the results themselves.
+    """
 
     k: int
     n: int
@@ -154,115 +227,166 @@ class _Product:
     order: str
     out_dtype: jnp.dtype
     blocks: Blocks
+    weights: int
+    epilogue: Epilogue | None
 
 
-def _call(product: _Product, operands: dict[str, Array], interpret: bool) -> Array:
-    """The product with each matrix of one layer of the stack, `(splits, B, M, N)`: parts along K are int32 sums."""
-    blocks, (stack, m, _) = product.blocks, operands["x"].shape
-    return pl.pallas_call(
-        functools.partial(_kernel, product, stack, tuple(operands)),
-        out_shape=jax.ShapeDtypeStruct((blocks.splits, stack, m, product.n), product.out_dtype),
+def _call(
+    product: _Product,
+    of_x: dict[str, Array],
+    weights: Sequence[dict[str, Array]],
+    others: Sequence[Array],
+    interpret: bool,
+) -> list[Array]:
+    """What is made of the products with each matrix of one layer of the stack, `(splits, B, M, N)` each."""
+    blocks, (stack, m, _) = product.blocks, of_x["x"].shape
+    operands = [*of_x.values(), *itertools.chain(*(own.values() for own in weights)), *others]
+    count = 1 if product.epilogue else product.weights
+    out = pl.pallas_call(
+        functools.partial(_kernel, product, tuple(of_x), tuple(weights[0]), len(others)),
+        out_shape=[jax.ShapeDtypeStruct((blocks.splits, stack, m, product.n), product.out_dtype)] * count,
         grid=(pl.cdiv(product.n, blocks.n), pl.cdiv(m, blocks.m), stack * blocks.splits),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(operands),
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * count,
         compiler_params=pltriton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
-        name="integer_matmul",
+        name="fused_integer_matmul" if product.epilogue else "integer_matmul",
         interpret=interpret,
-    )(*operands.values())
+    )(*operands)
+    return list(out)
 
 
-def _kernel(product: _Product, stack: int, names: tuple[str, ...], *refs: Any) -> None:
+def _kernel(product: _Product, of_x: tuple[str, ...], of_weight: tuple[str, ...], others: int, *all_refs: Any) -> None:
     """A tile of the result.
 
     Args:
         product: what is computed.
-        stack: matrices of a layer.
-        names: of the operands.
-        refs: the operands and the result.
+        of_x, of_weight: names of the operands that belong to x, and to each weight.
+        others: other operands of the epilogue.
+        all_refs: those of x, of each weight, and others; the results.
     """
-    operands, out_ref = dict(zip(names, refs[:-1], strict=True)), refs[-1]
-    x_ref, w_ref = operands["x"], operands["words"]
-    blocks, kn = product.blocks, product.order == "kn"
-    per_word = 8 if product.bits == 4 else 1
+    rest = iter(all_refs)
+    refs = dict(zip(of_x, rest, strict=False))
+    given = [dict(zip(of_weight, itertools.islice(rest, len(of_weight)), strict=True)) for _ in range(product.weights)]
+    other_refs, out_refs = list(itertools.islice(rest, others)), list(rest)
+    x_ref, blocks = refs["x"], product.blocks
+    stack, height = x_ref.shape[0], x_ref.shape[1]
     matrix, part = lax.rem(pl.program_id(2), stack), lax.div(pl.program_id(2), stack)
-    layers = w_ref.shape[0] // stack
-    layer = operands["layer"][0]
-    layer = jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)  # as lax.dynamic_index_in_dim
-    at = layer * stack + matrix
     rows = pl.program_id(1) * blocks.m + jnp.arange(blocks.m)
     columns = pl.program_id(0) * blocks.n + jnp.arange(blocks.n)
-    in_rows, in_columns = rows < x_ref.shape[1], columns < product.n
-
-    def small(name: str, group: Any) -> Array:
-        """Scales or zero points of a group, by column."""
-        ref, of = operands[name], columns
-        if ref.shape[-1 if kn else -2] == 1:  # one for the whole matrix
-            of = jnp.zeros_like(columns)
-        return pltriton.load(ref.at[(at, group, of) if kn else (at, of, group)], mask=in_columns, other=0)
+    in_rows, in_columns = rows < height, columns < product.n
+    weights = []
+    for own in given:
+        at = layer_index(own["layer"][0], own["words"].shape[0] // stack) * stack + matrix
+        weights.append(_Tiles(product, at, columns, own))
 
     def by_row(name: str, *index: Any) -> Array:
-        return pltriton.load(operands[name].at[(matrix, *index, rows)], mask=in_rows, other=0)
+        return pltriton.load(refs[name].at[(matrix, *index, rows)], mask=in_rows, other=0)
 
-    def multiply(first: Any, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def multiply(first: Any, carry: Sequence[tuple[Array, ...]]) -> list[tuple[Array, ...]]:
         """Adds what starts at `first` of K to sums of products and, where x has zero points, of columns."""
         ks = first + jnp.arange(blocks.k)
         x = pltriton.load(
             x_ref.at[matrix, rows[:, None], ks[None, :]], mask=in_rows[:, None] & (ks[None, :] < product.k), other=0
         )
-        units = lax.div(first, per_word) + jnp.arange(blocks.k // per_word)
-        across, along = (columns[None, :], units[:, None]) if kn else (columns[:, None], units[None, :])
-        words = pltriton.load(
-            w_ref.at[(at, along, across) if kn else (at, across, along)],
-            mask=(across < product.n) & (along < w_ref.shape[-2 if kn else -1]),
-            other=0,
-        )
-        codes = words
-        if product.bits == 4:
-            codes = tile_triton.unpack(words.T if kn else words, 4).astype(jnp.int8)
-        if product.bits == 4 or not kn:
-            codes = codes.T
-        sums, *ones = carry
-        sums += pltriton.dot(x, codes)
-        if ones:
-            ones = [ones[0] + pltriton.dot(jnp.ones((_ONES, blocks.k), jnp.int8), codes)]
-        return sums, *ones
+        added = []
+        for own, (sums, *ones) in zip(weights, carry, strict=True):
+            codes = own.codes(first)
+            sums += pltriton.dot(x, codes)
+            if ones:
+                ones = [ones[0] + pltriton.dot(jnp.ones((_ONES, blocks.k), jnp.int8), codes)]
+            added.append((sums, *ones))
+        return added
 
     nothing = (jnp.zeros((blocks.m, blocks.n), jnp.int32),)
-    if "zero" in operands:
+    if "zero" in refs:
         nothing += (jnp.zeros((_ONES, blocks.n), jnp.int32),)
+    nothings = [nothing] * product.weights
 
-    def centred(carry: tuple[Array, ...], group: Any) -> Int32[Array, "m n"]:
+    def centred(own: _Tiles, carry: tuple[Array, ...], group: Any) -> Int32[Array, "m n"]:
         """The sums of products, zero points taken off: in parts of K, those of x only."""
         sums, *ones = carry
         if ones:
             sums -= by_row("zero").astype(jnp.int32)[:, None] * jnp.max(ones[0], axis=0)[None, :]
-        if "weight_zero" in operands:
-            sums -= by_row("sums", group)[:, None] * small("weight_zero", group).astype(jnp.int32)[None, :]
+        if "sums" in refs:
+            sums -= by_row("sums", group)[:, None] * own.small("zero", group).astype(jnp.int32)[None, :]
         return sums
 
-    def scaled(carry: tuple[Array, ...], group: Any) -> Float[Array, "m n"]:
+    def scaled(carries: Sequence[tuple[Array, ...]], group: Any) -> list[Float[Array, "m n"]]:
         """A group in float32: the clamp keeps the product from being fused with an addition."""
-        return finite(centred(carry, group).astype(jnp.float32) * small("values", group).astype(jnp.float32)[None, :])
+        return [
+            finite(
+                centred(own, carry, group).astype(jnp.float32) * own.small("values", group).astype(jnp.float32)[None, :]
+            )
+            for own, carry in zip(weights, carries, strict=True)
+        ]
 
     if product.group == product.k:
         steps = pl.cdiv(pl.cdiv(product.k, blocks.k), blocks.splits)
-        carry = lax.fori_loop(0, steps, lambda i, carry: multiply((part * steps + i) * blocks.k, carry), nothing)
-        out = centred(carry, 0) if blocks.splits > 1 else scaled(carry, 0)
+        sums = lax.fori_loop(0, steps, lambda i, carry: multiply((part * steps + i) * blocks.k, carry), nothings)
+        if blocks.splits > 1:
+            results = [centred(own, carry, 0) for own, carry in zip(weights, sums, strict=True)]
+        else:
+            results = scaled(sums, 0)
     else:
         steps = product.group // blocks.k
 
-        def add_group(group: Any, total: Array) -> Array:
+        def add_group(group: Any, totals: Sequence[Array]) -> list[Array]:
             first = group * product.group
             if steps == 1:
-                carry = multiply(first, nothing)
+                sums = multiply(first, nothings)
             else:
-                carry = lax.fori_loop(0, steps, lambda i, carry: multiply(first + i * blocks.k, carry), nothing)
-            return total + scaled(carry, group)
+                sums = lax.fori_loop(0, steps, lambda i, carry: multiply(first + i * blocks.k, carry), nothings)
+            return [total + part for total, part in zip(totals, scaled(sums, group), strict=True)]
 
-        out = jnp.zeros((blocks.m, blocks.n), jnp.float32)
-        out = lax.fori_loop(0, pl.cdiv(product.k, product.group), add_group, out)
+        zeros = [jnp.zeros((blocks.m, blocks.n), jnp.float32)] * product.weights
+        results = lax.fori_loop(0, pl.cdiv(product.k, product.group), add_group, zeros)
     if blocks.splits == 1:
-        out = rescale(out, by_row("scale")[:, None], product.out_dtype)
-    pltriton.store(
-        out_ref.at[part, matrix, rows[:, None], columns[None, :]], out, mask=in_rows[:, None] & in_columns[None, :]
-    )
+        kept = jnp.float32 if product.epilogue else product.out_dtype
+        results = [rescale(out, by_row("scale")[:, None], kept) for out in results]
+    if product.epilogue:
+        read = [matmul_triton.beside(ref, matrix, rows, columns, (height, product.n)) for ref in other_refs]
+        results = [product.epilogue(results, read)]
+    for out_ref, out in zip(out_refs, results, strict=True):
+        pltriton.store(
+            out_ref.at[part, matrix, rows[:, None], columns[None, :]], out, mask=in_rows[:, None] & in_columns[None, :]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """Tiles of a weight in global memory.
+
+    Attributes:
+        product: what is computed.
+        at: index of the matrix.
+        columns: of the tile.
+        refs: to its arrays, by name.
+    """
+
+    product: _Product
+    at: Any
+    columns: Int[Array, " n"]
+    refs: dict[str, Any]
+
+    def small(self, name: str, group: Any) -> Array:
+        """Scales or zero points of a group, by column."""
+        ref, of, kn = self.refs[name], self.columns, self.product.order == "kn"
+        if ref.shape[-1 if kn else -2] == 1:  # one for the whole matrix
+            of = jnp.zeros_like(of)
+        index = (self.at, group, of) if kn else (self.at, of, group)
+        return pltriton.load(ref.at[index], mask=self.columns < self.product.n, other=0)
+
+    def codes(self, first: Any) -> Int8[Array, "k n"]:
+        """Those from `first` of K on."""
+        product, w_ref, kn = self.product, self.refs["words"], self.product.order == "kn"
+        per_word = 8 if product.bits == 4 else 1
+        units = lax.div(first, per_word) + jnp.arange(product.blocks.k // per_word)
+        across, along = (self.columns[None, :], units[:, None]) if kn else (self.columns[:, None], units[None, :])
+        words = pltriton.load(
+            w_ref.at[(self.at, along, across) if kn else (self.at, across, along)],
+            mask=(across < product.n) & (along < w_ref.shape[-2 if kn else -1]),
+            other=0,
+        )
+        if product.bits == 4:
+            return tile_triton.unpack(words.T if kn else words, 4).astype(jnp.int8).T
+        return words if kn else words.T

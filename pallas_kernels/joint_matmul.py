@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import blocks_gpu, matmul_gpu, partition
 from pallas_kernels.matmul import quantized_matmul
+from pallas_kernels.matmul_reference import result_dtype
 from pallas_kernels.qtensor import QTensor
 
 joint_matmul_p = Primitive("joint_matmul")
@@ -101,8 +102,8 @@ def _cuda(*operands: Array, tree: Any, **how: Any) -> list[Array]:
 
     casts, precision = how["casts"], how["precision"]
     for w in weights:
-        out_dtype = how["preferred_element_type"] or jnp.promote_types(x.dtype, (w.dtype, *casts)[-1])
-        if matmul_mosaic_gpu.unsupported(x, w, casts, jnp.dtype(out_dtype), precision=precision):
+        out_dtype = result_dtype(x, w, casts, how["preferred_element_type"])
+        if matmul_mosaic_gpu.unsupported(x, w, casts, out_dtype, precision=precision):
             return _products(*operands, tree=tree, **how)
     return matmul_mosaic_gpu.joint_matmul(x, weights, layers=layers, **how)
 

@@ -105,12 +105,10 @@ def _impl(*operands: Array, **params: Any) -> Array:
 @quantized_matmul_p.def_abstract_eval
 def _abstract_eval(x: Any, *leaves: Any, **params: Any) -> Any:
     w, _, _ = _unflatten(leaves, params)
-    transpose, preferred = params["transpose"], params["preferred_element_type"]
-    width = w.layout.k if transpose else w.layout.n
-    weight_dtype = params["casts"][-1] if params["casts"] else w.dtype
-    dtype = preferred or jnp.promote_types(x.dtype, weight_dtype)
-    shape, indexed = (*x.shape[:-1], width), params["indexed"]
-    return partition.result(shape, jnp.dtype(dtype), x, w, indexed=indexed, transpose=transpose)
+    transpose, indexed = params["transpose"], params["indexed"]
+    shape = (*x.shape[:-1], w.layout.k if transpose else w.layout.n)
+    dtype = matmul_reference.result_dtype(x, w, params["casts"], params["preferred_element_type"])
+    return partition.result(shape, dtype, x, w, indexed=indexed, transpose=transpose)
 
 
 def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Any]:
@@ -135,14 +133,15 @@ def _transpose(cotangent: Any, x: Any, *leaves: Any, **params: Any) -> list[Any]
     return [partition.like(lax.convert_element_type(out, x.aval.dtype), x.aval)] + [None] * len(leaves)
 
 
-def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
+def batched_matmul(primitive: Primitive, operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
+    """`vmap` of a primitive that multiplies x, its first operand, by a packed weight."""
     size = next(o.shape[d] for o, d in zip(operands, dims, strict=True) if d is not None)
     x, *leaves = operands
     d, *leaf_dims = dims
     if all(dim is None for dim in leaf_dims):  # one weight, more rows: (B, *stack, M, K) -> (*stack, B*M, K)
         x = jnp.moveaxis(x, d, -3)  # (*stack, B, M, K)
         *stack, b, m, inner = x.shape
-        out = quantized_matmul_p.bind(x.reshape(*stack, b * m, inner), *leaves, **params)
+        out = primitive.bind(x.reshape(*stack, b * m, inner), *leaves, **params)
         return out.reshape(*stack, b, m, out.shape[-1]), len(stack)
 
     def lead(a: Any, dim: int | None) -> Array:
@@ -154,12 +153,12 @@ def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
         index = leaves.pop()
         leaves = [jax.vmap(lambda a, i: lax.dynamic_index_in_dim(a, i, 0, False))(a, index) for a in leaves]
         params = {**params, "indexed": False}
-    return quantized_matmul_p.bind(x, *leaves, **params), 0
+    return primitive.bind(x, *leaves, **params), 0
 
 
 ad.primitive_jvps[quantized_matmul_p] = _jvp
 ad.primitive_transposes[quantized_matmul_p] = _transpose
-batching.primitive_batchers[quantized_matmul_p] = _batch
+batching.primitive_batchers[quantized_matmul_p] = functools.partial(batched_matmul, quantized_matmul_p)
 # A kernel is a row: what one device runs on that platform.
 _KERNELS = {
     None: matmul_reference.matmul,

@@ -27,7 +27,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import matmul_reference, numerics, packing
-from pallas_kernels.qtensor import Layout, QTensor
+from pallas_kernels.qtensor import Layout, QTensor, layer_index
 
 # Values of one block: 4 MiB of float32. At K = N = 4096, half of it is a tenth slower from 128 rows of x on, and twice
 # gains nothing below 512; a matrix of just one block is about as fast either way.
@@ -51,7 +51,7 @@ def matmul(
 ) -> Float[Array, "*stack M _"]:
     """What `matmul_reference.matmul` computes, up to the order of the sum; arguments as there."""
     size = _block_size(w, BLOCK_VALUES // max(1, w.layout.n if w.order == "kn" else w.layout.k))
-    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, casts[-1] if casts else w.dtype))
+    out_dtype = matmul_reference.result_dtype(x, w, casts, preferred_element_type)
     float32_holds_sums = out_dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
     if w.layout.k * w.layout.n <= BLOCK_VALUES or size is None or not float32_holds_sums:
         return matmul_reference.matmul(
@@ -77,9 +77,7 @@ def matmul(
 
     first: Any = 0
     if layer is not None:
-        layers = lead[0]
-        layer = jnp.asarray(layer, jnp.int32)
-        first = jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1) * math.prod(stack)
+        first = layer_index(layer, lead[0]) * math.prod(stack)
     if not stack:
         return one(x, first)
     flat = x.reshape(-1, *x.shape[-2:])

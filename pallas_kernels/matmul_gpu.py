@@ -36,7 +36,7 @@ def matmul(
     transpose: bool,
 ) -> Float[Array, "*stack M _"]:
     """What `matmul_reference.matmul` computes, up to rounding; arguments as for it."""
-    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, (w.dtype, *casts)[-1]))
+    out_dtype = matmul_reference.result_dtype(x, w, casts, preferred_element_type)
     kernel, _ = _choose(x, w, casts, out_dtype, precision, transpose)
     return (kernel or matmul_reference).matmul(
         x,

@@ -60,11 +60,23 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import blocks_gpu, gpu_operands, matmul_reference, tile_mosaic_gpu
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.formats import Format
-from pallas_kernels.mosaic_gpu import interpreter, load, registers_for, swizzled
-from pallas_kernels.qtensor import QTensor
-
-ROWS = 64  # columns of the weight that one warpgroup multiplies: the height of `wgmma`
-_TILE_ROWS = 8  # TMA writes tiles of so many rows, which have to cut an array, unless it has fewer, without a rest
+from pallas_kernels.mosaic_gpu import (
+    CACHE_BYTES,
+    DELAY,
+    LAUNCH_CLOCKS,
+    MEMORY_BYTES,
+    SMEM_BYTES,
+    TILE_CLOCKS,
+    WGMMA_ROWS,
+    interpreter,
+    load,
+    next_stage,
+    place,
+    registers_for,
+    swizzled,
+    whole_rows,
+)
+from pallas_kernels.qtensor import QTensor, layer_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +102,7 @@ class Blocks:
     @property
     def warpgroups(self) -> int:
         """Those that multiply."""
-        return self.n // ROWS * self.ways
+        return self.n // WGMMA_ROWS * self.ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +121,10 @@ class Beside:
     def tiles(self) -> list[tuple[int, Any]]:
         """Numbers and dtypes of the operands that have both, which are copied by tiles."""
         return [(i, dtype) for i, (rows, columns, dtype) in enumerate(self.others) if rows and columns]
+
+
+ALONE = Beside()
+"""Of a product alone."""
 
 
 # --- The product ----------------------------------------------------------------------------------------------------
@@ -136,8 +152,7 @@ def matmul(
     Raises:
         ValueError: `blocks` does not fit the operands, or not into shared memory.
     """
-    chain = (w.dtype, *casts)
-    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, chain[-1]))
+    out_dtype = matmul_reference.result_dtype(x, w, casts, preferred_element_type)
     if unsupported(x, w, casts, out_dtype, precision=precision, transpose=transpose):
         return matmul_reference.matmul(
             x,
@@ -154,7 +169,7 @@ def matmul(
         [[layer]],
         [],
         None,
-        operand=gpu_operands.operand_dtype(x.dtype, chain),
+        operand=gpu_operands.operand_dtype(x.dtype, (w.dtype, *casts)),
         out_dtype=out_dtype,
         blocks=blocks,
         interpret=interpret,
@@ -225,12 +240,17 @@ def joint_matmul(
     Raises:
         ValueError: `blocks` does not fit the operands, or not into shared memory.
     """
-    chain = (weights[0].dtype, *casts)
-    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, chain[-1]))
     return _multiplied(
-        x, [[w] for w in weights], [[layer] for layer in layers], [], None,
-        operand=gpu_operands.operand_dtype(x.dtype, chain), out_dtype=out_dtype, blocks=blocks, interpret=interpret,
-    )  # fmt: skip
+        x,
+        [[w] for w in weights],
+        [[layer] for layer in layers],
+        [],
+        None,
+        operand=gpu_operands.operand_dtype(x.dtype, (weights[0].dtype, *casts)),
+        out_dtype=matmul_reference.result_dtype(x, weights[0], casts, preferred_element_type),
+        blocks=blocks,
+        interpret=interpret,
+    )
 
 
 def _multiplied(
@@ -275,23 +295,22 @@ def _multiplied(
     packed = [
         [_Packed.of(w, layer) for w, layer in zip(*each, strict=True)] for each in zip(panels, layers, strict=True)
     ]
-    results = _call(product, x, packed, [_beside(a, product) for a in others] if inside else [], interpret)
+    results = _call(product, x, packed, [as_read(a, blocks.m) for a in others] if inside else [], interpret)
     results = gpu_operands.finished([a[:, :, :rows] for a in results], m, None if inside else epilogue, others)
     return [a.reshape(*stack, m, a.shape[-1]).astype(out_dtype) for a in results]
 
 
 def _whole_tiles(a: Array) -> Array:
-    """The array with rows that tiles of TMA cut without a rest."""
-    rows = a.shape[-2]
-    return a if rows <= _TILE_ROWS else jnp.pad(a, ((0, 0), (0, -rows % _TILE_ROWS), (0, 0)))
+    """The array with as many rows as TMA needs."""
+    return jnp.pad(a, ((0, 0), (0, whole_rows(a.shape[-2]) - a.shape[-2]), (0, 0)))
 
 
-def _beside(a: Float[Array, "_ _ _"], product: _Product) -> Array:
-    """Another operand of the epilogue as the kernel reads it: vectors without their axis of 1."""
+def as_read(a: Float[Array, "_ _ _"], m: int) -> Array:
+    """Another operand of the epilogue as a kernel with tiles of m rows reads it: vectors without their axis of 1."""
     if a.shape[-2] > 1 and a.shape[-1] > 1:
         return _whole_tiles(a)
     if a.shape[-2] > 1:  # the last tile has no edge that is checked
-        return jnp.pad(a[..., 0], ((0, 0), (0, -a.shape[-2] % product.blocks.m)))
+        return jnp.pad(a[..., 0], ((0, 0), (0, -a.shape[-2] % m)))
     return a[..., 0, :]
 
 
@@ -305,8 +324,8 @@ def unsupported(
         return "this kernel contracts K"
     if w.order != "nk":
         return 'the words of a column do not lie together: `reorder(w, "nk")` once, when the model is loaded'
-    if w.layout.n % ROWS or w.layout.k % _CHUNKS[0]:
-        return f"N must be a multiple of {ROWS}, and K of {_CHUNKS[0]}"
+    if w.layout.n % WGMMA_ROWS or w.layout.k % _CHUNKS[0]:
+        return f"N must be a multiple of {WGMMA_ROWS}, and K of {_CHUNKS[0]}"
     if w.group_size != w.layout.k and w.group_size % _CHUNKS[-1]:
         return f"the size of a group must be a multiple of {_CHUNKS[-1]}"
     return None
@@ -322,21 +341,13 @@ def unsupported_epilogue(epilogue: Epilogue) -> str | None:
 
 # --- Tiles ----------------------------------------------------------------------------------------------------------
 
-# A block may have 227 KiB of shared memory, of which barriers and what Mosaic GPU keeps for itself take less than 3.
-_SMEM = 224 * 1024
+_SMEM = SMEM_BYTES - 3 * 1024  # without barriers and what Mosaic GPU keeps for itself
 _PART = 128  # a warpgroup takes a multiple of so much of K from a tile
 _CHUNKS = (64, 32)  # of it that are unpacked while the one before is multiplied; one of them divides the group
 _HEIGHTS = (64, 96, 128, 192, 256)
 _SHAPES = ((2, 1), (4, 1), (2, 2), (1, 4), (1, 2), (1, 1))  # warpgroups along N and along K
-
-# NVIDIA H100 SXM, in clocks of 1.75 GHz: bytes that a multiprocessor gets of 3.35 TB/s, of which copies reach nine
-# tenths, and of about twice that from the cache.
-_MEMORY, _CACHE = 13.0, 26.0
 # Instructions of a warp for 64 x 128 weights, by kind of format: counted in the machine code.
 _UNPACK = {"int": 240, "codebook": 370, "float": 260}
-# Guesses: clocks to fill the ring and to write a tile; clocks of the kernel that adds up splits; how much of what runs
-# beside the slowest part of a step it delays.
-_TILE, _LAUNCH, _DELAY = 2000, 3500, 0.25
 
 
 def default_blocks(m: int, k: int, n: int, bits: int, **options: Any) -> Blocks:
@@ -371,22 +382,22 @@ def ranked(
         narrowest: columns of the narrowest of the weights that have n columns together, if there are several.
         beside: what else is in the kernel.
     """
-    processors = _processors()
+    processors = blocks_gpu.processors()
 
     def clocks(blocks: Blocks) -> float:
-        tiles = batch * _ceil(m, blocks.m) * _ceil(n, blocks.n) * blocks.splits
-        waves, steps = _ceil(tiles, processors), _ceil(_ceil(k, blocks.k), blocks.splits)
-        weights = beside.weights * blocks.n / ROWS * blocks.k / _PART  # tiles of 64 x 128 of them
+        tiles = batch * pl.cdiv(m, blocks.m) * pl.cdiv(n, blocks.n) * blocks.splits
+        waves, steps = pl.cdiv(tiles, processors), pl.cdiv(pl.cdiv(k, blocks.k), blocks.splits)
+        weights = beside.weights * blocks.n / WGMMA_ROWS * blocks.k / _PART  # tiles of 64 x 128 of them
         words = beside.weights * blocks.n * blocks.k * bits / 8
         parts = (
             weights * 4 * blocks.m,  # a product of 64 x 128 with 8 rows takes 32 clocks
             weights * _UNPACK[kind] * max(1.0, 4 / blocks.warpgroups),  # with fewer warps, nothing runs while one waits
-            words / _MEMORY * min(1.0, tiles / processors),
-            (words + min(m, blocks.m) * blocks.k * 2) / _CACHE,
+            words / MEMORY_BYTES * min(1.0, tiles / processors),
+            (words + min(m, blocks.m) * blocks.k * 2) / CACHE_BYTES,
         )
-        step = (1 - _DELAY) * max(parts) + _DELAY * sum(parts)
-        sums = 2 * 4 * blocks.splits * beside.weights * batch * m * n / (_MEMORY * processors)
-        return waves * (steps * step + _TILE) + (_LAUNCH + sums if blocks.splits > 1 else 0)
+        step = (1 - DELAY) * max(parts) + DELAY * sum(parts)
+        sums = 2 * 4 * blocks.splits * beside.weights * batch * m * n / (MEMORY_BYTES * processors)
+        return waves * (steps * step + TILE_CLOCKS) + (LAUNCH_CLOCKS + sums if blocks.splits > 1 else 0)
 
     found = candidates(m, k, n if narrowest is None else narrowest, bits, out_dtype=out_dtype, beside=beside)
     return sorted(found, key=clocks)
@@ -396,12 +407,12 @@ def candidates(
     m: int, k: int, n: int, bits: int, *, out_dtype: Any = jnp.float32, beside: Beside = Beside()
 ) -> list[Blocks]:
     """Tiles that fit the operands, registers and shared memory; arguments as for `ranked`."""
-    heights = [_ceil(m, 8) * 8] if m <= _HEIGHTS[0] else [b for b in _HEIGHTS if b < m + _HEIGHTS[0]]
+    heights = [pl.cdiv(m, 8) * 8] if m <= _HEIGHTS[0] else [b for b in _HEIGHTS if b < m + _HEIGHTS[0]]
     found = []
     # Scales of a part of each weight are in registers.
     for height, (columns, ways), parts in itertools.product(heights, _SHAPES, (1, 2)[: 3 - beside.weights]):
         part = parts * _PART
-        blocks = Blocks(m=height, n=ROWS * columns, k=ways * part, ways=ways, stages=2, splits=1)
+        blocks = Blocks(m=height, n=WGMMA_ROWS * columns, k=ways * part, ways=ways, stages=2, splits=1)
         if blocks.n > n or (blocks.k > k and blocks.k > _PART) or height > _tallest(blocks, beside):
             continue
         if bits == 8 and parts == 2 and blocks.warpgroups == 4 and height > 16:
@@ -409,7 +420,7 @@ def candidates(
         left = _SMEM - _smem(blocks, bits, out_dtype, 0, beside)
         stages = min(8, left // _smem(blocks, bits, None, 1, beside))
         if stages >= 2:
-            most = min(16, _ceil(k, blocks.k) // stages) if m <= 256 else 1
+            most = min(16, pl.cdiv(k, blocks.k) // stages) if m <= 256 else 1
             found += [
                 dataclasses.replace(blocks, stages=stages, splits=splits) for splits in range(1, max(most, 1) + 1)
             ]
@@ -445,13 +456,13 @@ def _check(blocks: Blocks, n: int, bits: int, out_dtype: Any, beside: Beside = B
     tallest = _tallest(blocks, beside)
     if not (
         blocks.m in range(8, tallest + 1, 8)
-        and blocks.n in range(ROWS, min(n, 256) + 1, ROWS)
+        and blocks.n in range(WGMMA_ROWS, min(n, 256) + 1, WGMMA_ROWS)
         and blocks.k % (_PART * blocks.ways) == 0
         and blocks.stages >= 2
     ):
         raise ValueError(
             f"qjax: {blocks} for a packed matrix with N={n}: m must be a multiple of 8 and at most {tallest}, "
-            f"n a multiple of {ROWS} and at most 256 and N, k a multiple of {_PART} * ways, stages at least 2."
+            f"n a multiple of {WGMMA_ROWS} and at most 256 and N, k a multiple of {_PART} * ways, stages at least 2."
         )
     needed = _smem(blocks, bits, out_dtype, blocks.stages, beside)
     if needed > _SMEM:
@@ -459,15 +470,6 @@ def _check(blocks: Blocks, n: int, bits: int, out_dtype: Any, beside: Beside = B
             f"qjax: {blocks} take {needed} bytes of shared memory, of which there are {_SMEM}: use fewer stages or "
             "smaller tiles."
         )
-
-
-def _processors() -> int:
-    """Multiprocessors of the GPU that programs are made for."""
-    return (blocks_gpu.target() or blocks_gpu.CHIPS["h100"]).processors
-
-
-def _ceil(size: int, tile: int) -> int:
-    return -(-size // tile)
 
 
 # --- The kernel -----------------------------------------------------------------------------------------------------
@@ -520,17 +522,28 @@ class _Product:
     @property
     def steps(self) -> int:
         """Tiles along K that a block takes for a tile of the result."""
-        return _ceil(_ceil(self.k, self.blocks.k), self.blocks.splits)
+        return pl.cdiv(pl.cdiv(self.k, self.blocks.k), self.blocks.splits)
 
     @property
     def bounds(self) -> list[int]:
         """The first tile along N of each panel, and the end of the last one."""
-        return [0, *itertools.accumulate(_ceil(width, self.blocks.n) for width in self.widths)]
+        return [0, *itertools.accumulate(pl.cdiv(width, self.blocks.n) for width in self.widths)]
 
     @property
     def grid(self) -> tuple[int, int]:
         """Tiles of the results along M and N."""
-        return _ceil(self.m, self.blocks.m), self.bounds[-1]
+        return pl.cdiv(self.m, self.blocks.m), self.bounds[-1]
+
+    @property
+    def strips(self) -> list[tuple[int, int]]:
+        """First row and number of rows of the parts of a tile that are written at a time."""
+        size = _strip(self.blocks.m)
+        return [(start, size) for start in range(0, self.blocks.m, size)]
+
+    @property
+    def buffers(self) -> int:
+        """Strips of another operand of the epilogue that are in shared memory."""
+        return _buffers(self.blocks.m)
 
     @property
     def results(self) -> int:
@@ -554,13 +567,13 @@ class _Packed:
             words = lax.bitcast_convert_type(words, jnp.int4)  # (..., N, K / 8, 8), which moves nothing
         scales, zeros = (None if a is None else a.reshape(-1, *a.shape[-2:]) for a in (w.scales.values, w.scales.zero))
         assert scales is not None
-        index = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), 1)
-        return _Packed(index, words.reshape(-1, w.layout.n, w.layout.k), scales, zeros)
+        words = words.reshape(-1, w.layout.n, w.layout.k)
+        return _Packed(gpu_operands.layer_operand(layer), words, scales, zeros)
 
     @property
     def arrays(self) -> list[Array]:
-        """Words, scales, and zero points if there are any."""
-        return [self.words, self.scales, *([] if self.zeros is None else [self.zeros])]
+        """Index of the layer, words, scales, and zero points if there are any."""
+        return [self.layer, self.words, self.scales, *([] if self.zeros is None else [self.zeros])]
 
 
 _BAND = 4  # tiles along M that follow each other before the next one along N: so many share words in the cache
@@ -582,7 +595,7 @@ def _call(
         interpret: as for `matmul`.
     """
     blocks, dtype, stack = product.blocks, product.dtype, x.shape[0]
-    columns, strip, weights = blocks.n // ROWS, _strip(blocks.m), product.beside.weights
+    columns, strip, weights = blocks.n // WGMMA_ROWS, _strip(blocks.m), product.beside.weights
     units = stack * math.prod(product.grid) * blocks.splits
     scratch = {
         "x_ring": plgpu.SMEM((blocks.stages, blocks.m, blocks.k), dtype, transforms=swizzled(16, product.chunk)),
@@ -592,16 +605,16 @@ def _call(
             transforms=swizzled(product.bits, math.gcd(product.part, product.k)),
         ),
         "out_tile": plgpu.SMEM(
-            (columns, strip, ROWS),
+            (columns, strip, WGMMA_ROWS),
             product.out_dtype,
-            transforms=swizzled(8 * product.out_dtype.itemsize, ROWS),
+            transforms=swizzled(8 * product.out_dtype.itemsize, WGMMA_ROWS),
         ),
         "full": plgpu.Barrier(num_arrivals=1 + weights, num_barriers=blocks.stages),
         "empty": plgpu.Barrier(num_arrivals=blocks.warpgroups, num_barriers=blocks.stages),
     }
     if blocks.ways > 1:
         shape, transforms = (
-            (blocks.ways - 1, weights, columns, ROWS, blocks.m),
+            (blocks.ways - 1, weights, columns, WGMMA_ROWS, blocks.m),
             swizzled(32, math.gcd(blocks.m, 32)),
         )
         scratch["parts"] = plgpu.SMEM(shape, jnp.float32, transforms=transforms)
@@ -610,11 +623,11 @@ def _call(
     if product.beside.tiles:
         buffers = _buffers(blocks.m)
         for i, own in product.beside.tiles:
-            shape, transforms = (columns, buffers, strip, ROWS), swizzled(8 * own.itemsize, ROWS)
+            shape, transforms = (columns, buffers, strip, WGMMA_ROWS), swizzled(8 * own.itemsize, WGMMA_ROWS)
             scratch[f"other_{i}"] = plgpu.SMEM(shape, own, transforms=transforms)
         scratch["others_full"] = plgpu.Barrier(num_arrivals=len(product.beside.tiles), num_barriers=columns * buffers)
     if interpret:  # an interpreted `wgmma` has no operand in registers
-        shape = (blocks.warpgroups, ROWS, product.chunk)
+        shape = (blocks.warpgroups, WGMMA_ROWS, product.chunk)
         scratch["unpacked"] = plgpu.SMEM(shape, dtype, transforms=swizzled(16, product.chunk))
     packed = list(itertools.chain(*panels))
     run = plgpu.kernel(
@@ -624,7 +637,7 @@ def _call(
             for width in product.widths
             for _ in range(product.results)
         ],
-        grid=(min(units, _processors()),),
+        grid=(min(units, blocks_gpu.processors()),),
         grid_names=("block",),
         num_threads=blocks.warpgroups + 1,
         thread_name="warpgroup",
@@ -636,8 +649,7 @@ def _call(
         interpret=interpreter() if interpret else None,
         kernel_name="fused_matmul" if product.epilogue else "joint_matmul" if len(panels) > 1 else "quantized_matmul",
     )
-    layers = jnp.concatenate([w.layer for w in packed])
-    return list(run(layers, x, *itertools.chain(*(w.arrays for w in packed)), *others))
+    return list(run(x, *itertools.chain(*(w.arrays for w in packed)), *others))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -660,9 +672,7 @@ class _Tile:
     n: Any
 
 
-def _kernel(
-    product: _Product, units: int, stack: int, has_zeros: bool, layer_ref: Any, *refs: Any, **scratch: Any
-) -> None:
+def _kernel(product: _Product, units: int, stack: int, has_zeros: bool, *refs: Any, **scratch: Any) -> None:
     """What one warpgroup does.
 
     Args:
@@ -670,22 +680,20 @@ def _kernel(
         units: tiles of the results, times splits.
         stack: matrices of a layer.
         has_zeros: whether weights have zero points.
-        layer_ref: index of the layer of each weight.
-        refs: x; words, scales, zero points of each weight; other operands; the results: in global memory.
+        refs: x; index of the layer, words, scales, zero points of each weight; other operands; the results: in global
+            memory.
         scratch: shared memory and barriers.
     """
-    blocks, columns, count = product.blocks, product.blocks.n // ROWS, product.beside.weights
+    blocks, columns, count = product.blocks, product.blocks.n // WGMMA_ROWS, product.beside.weights
     rest = iter(refs)
     (x_ref,) = itertools.islice(rest, 1)
 
-    def weight(i: int) -> _Weight:
-        words, scales, *zeros = itertools.islice(rest, 2 + has_zeros)
-        layers, layer = words.shape[0] // stack, layer_ref[i]
-        # as lax.dynamic_index_in_dim
-        layer = jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)
+    def weight() -> _Weight:
+        layer_ref, words, scales, *zeros = itertools.islice(rest, 3 + has_zeros)
+        layer = layer_index(layer_ref[0], words.shape[0] // stack)
         return _Weight(words, scales, zeros[0] if zeros else None, layer * stack)
 
-    panels = [[weight(panel * count + i) for i in range(count)] for panel in range(len(product.widths))]
+    panels = [[weight() for _ in range(count)] for _ in product.widths]
     others = list(itertools.islice(rest, len(product.beside.others)))
     results = [list(itertools.islice(rest, product.results)) for _ in panels]
     warpgroup, registers = lax.axis_index("warpgroup"), registers_for(blocks.warpgroups)
@@ -721,7 +729,7 @@ def _kernel(
         stage = each_tile(lambda panel, tile, stage: _copy_tiles(product, x_ref, panels[panel], tile, stage, **scratch))
         for _ in range(blocks.stages - 1):  # until all has been multiplied
             plgpu.barrier_wait(scratch["empty"].at[stage])
-            stage = _next(stage, product)
+            stage = next_stage(stage, blocks.stages)
 
     @pl.when(warpgroup < blocks.warpgroups)
     def _multiply() -> None:
@@ -748,10 +756,6 @@ def _kernel(
                 plgpu.barrier_wait(scratch["parts_empty"].at[lax.rem(warpgroup, columns)])
 
 
-def _next(stage: Array, product: _Product) -> Array:
-    return jnp.where(stage == product.blocks.stages - 1, 0, stage + 1)
-
-
 def _copy_tiles(
     product: _Product, x_ref: Any, weights: Sequence[_Weight], tile: _Tile, stage: Array, **scratch: Any
 ) -> None:
@@ -770,7 +774,7 @@ def _copy_tiles(
         plgpu.copy_gmem_to_smem(
             x_ref.at[tile.matrix, pl.ds(tile.m, blocks.m), ks], scratch["x_ring"].at[stage], full.at[stage]
         )
-        return _next(stage, product)
+        return next_stage(stage, blocks.stages)
 
     lax.fori_loop(0, product.steps, step, stage)
 
@@ -796,16 +800,15 @@ def _multiply_tiles(
         scratch: shared memory and barriers.
     """
     blocks = product.blocks
-    columns = blocks.n // ROWS
-    warpgroup = lax.axis_index("warpgroup")
-    column, way = (warpgroup, 0) if blocks.ways == 1 else (lax.rem(warpgroup, columns), lax.div(warpgroup, columns))
-    rows = pl.ds(tile.n + column * ROWS, ROWS)
+    column, way = place(blocks.n // WGMMA_ROWS, blocks.ways)
+    rows = pl.ds(tile.n + column * WGMMA_ROWS, WGMMA_ROWS)
 
     def small(w: _Weight, ref: Any, k: Any) -> Array:
         """Scales or zero points of the group that k belongs to, by column."""
         at = w.first + tile.matrix
         if ref.shape[-2] == 1:  # one for the whole matrix
-            return jnp.broadcast_to(ref[at, 0, 0], (ROWS,))
+            one = jnp.broadcast_to(ref[at, 0, 0], (WGMMA_ROWS,))
+            return plgpu.layout_cast(one, plgpu.Layout.WGMMA.reduce(1))
         group = 0 if product.whole else jnp.minimum(lax.div(k, product.group), ref.shape[-1] - 1)
         return load(ref.at[at, rows, group], plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
@@ -821,14 +824,14 @@ def _multiply_tiles(
                 )
             )
             _multiply_step(product, sums, scales, zeros, column, way, stage, **scratch)
-            return _next(stage, product)
+            return next_stage(stage, blocks.stages)
 
         lax.fori_loop(0, product.steps, step, stage)
         return [each[...] for each in sums]
 
-    other_tiles = _OtherTiles(product, others, tile, column, rows, scratch)
+    other_tiles = OtherTiles(product, others, tile, column, rows, scratch)
     pl.when(way == 0)(other_tiles.start)
-    accumulators = [plgpu.WGMMAAccumulatorRef((ROWS, blocks.m), jnp.float32) for _ in weights]
+    accumulators = [plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, blocks.m), jnp.float32) for _ in weights]
     sums = pl.run_scoped(accumulate, *accumulators)
 
     @pl.when(way > 0)
@@ -849,8 +852,8 @@ def _multiply_tiles(
         if product.whole:
             scales = [small(w, w.scales, 0).astype(jnp.float32) for w in weights]
             whole = [own * lax.broadcast_in_dim(s, own.shape, (0,)) for own, s in zip(whole, scales, strict=True)]
-        out_tile, strip = scratch["out_tile"].at[column], _strip(blocks.m)
-        for i, start in enumerate(range(0, blocks.m, strip)):
+        out_tile = scratch["out_tile"].at[column]
+        for i, (start, strip) in enumerate(product.strips):
             values = [own[:, start : start + strip] for own in whole]
             if product.epilogue:
                 values = [product.epilogue(values, other_tiles.read(i))]
@@ -862,47 +865,48 @@ def _multiply_tiles(
                 plgpu.copy_smem_to_gmem(
                     out_tile, result.at[tile.split, tile.matrix, pl.ds(tile.m + start, strip), rows]
                 )
-            other_tiles.copy(i + _buffers(blocks.m))
+            other_tiles.copy(i + product.buffers)
 
 
 @dataclasses.dataclass(frozen=True)
-class _OtherTiles:
+class OtherTiles:
     """What the epilogue of a tile reads beside its sums, transposed as they are, and a strip of rows at a time.
 
     Arrays of the size of the result come by TMA, strips ahead of their use: the first ones while all is multiplied.
 
     Attributes:
-        product, tile, column, rows: what is computed, where, by which warpgroup; its columns of the result.
+        product, tile, column, rows: what is computed, where, by which warpgroup; its columns of the result. Of the
+            product, `beside`, `strips` and `buffers` are read, of the tile `matrix` and `m`.
         refs: other operands of the epilogue.
         scratch: shared memory and barriers.
     """
 
-    product: _Product
+    product: Any
     refs: Sequence[Any]
-    tile: _Tile
+    tile: Any
     column: Any
     rows: Any
     scratch: dict[str, Any]
 
     def start(self) -> None:
         """Starts the first copies."""
-        for i in range(_buffers(self.product.blocks.m)):
+        for i in range(self.product.buffers):
             self.copy(i)
 
     def copy(self, i: int) -> None:
         """Starts the copies of strip i, if there is one; the strip whose place it takes was read by all threads."""
-        height, buffers = _strip(self.product.blocks.m), _buffers(self.product.blocks.m)
-        if i * height >= self.product.blocks.m:
+        if i >= len(self.product.strips):
             return
+        start, height = self.product.strips[i]
         for number, _ in self.product.beside.tiles:
-            source, target = self.refs[number], self.scratch[f"other_{number}"].at[self.column, i % buffers]
-            source = source.at[self._matrix(source), pl.ds(self.tile.m + i * height, height), self.rows]
+            source, target = self.refs[number], self._strip(number, i, height)
+            source = source.at[self._matrix(source), pl.ds(self.tile.m + start, height), self.rows]
             plgpu.copy_gmem_to_smem(source, target, self.scratch["others_full"].at[self._buffer(i)])
 
     def read(self, i: int) -> list[Float[Array, "N _"]]:
         """What the epilogue reads for strip i."""
-        height = _strip(self.product.blocks.m)
-        shape, start = (ROWS, height), self.tile.m + i * height
+        start, height = self.product.strips[i]
+        shape, start = (WGMMA_ROWS, height), self.tile.m + start
         if self.product.beside.tiles:
             plgpu.barrier_wait(self.scratch["others_full"].at[self._buffer(i)])
         values = []
@@ -911,7 +915,7 @@ class _OtherTiles:
         ):
             matrix = self._matrix(ref)
             if has_rows and has_columns:
-                tile = self.scratch[f"other_{number}"].at[self.column, i % _buffers(self.product.blocks.m)].T
+                tile = self._strip(number, i, height).T
                 value = plgpu.layout_cast(load(tile, plgpu.Layout.WGMMA_TRANSPOSED, optimized=True), plgpu.Layout.WGMMA)
             elif has_rows:
                 value = load(ref.at[matrix, pl.ds(start, height)], plgpu.Layout.WGMMA.reduce(0), optimized=False)
@@ -924,12 +928,15 @@ class _OtherTiles:
             values.append(value)
         return values
 
+    def _strip(self, number: int, i: int, height: int) -> Any:
+        """Where strip i of an operand lies in shared memory."""
+        return self.scratch[f"other_{number}"].at[self.column, i % self.product.buffers, pl.ds(0, height), :]
+
     def _matrix(self, ref: Any) -> Any:
         return 0 if ref.shape[0] == 1 else self.tile.matrix
 
     def _buffer(self, i: int) -> Any:
-        buffers = _buffers(self.product.blocks.m)
-        return self.column * buffers + i % buffers
+        return self.column * self.product.buffers + i % self.product.buffers
 
 
 def _multiply_step(
@@ -955,7 +962,7 @@ def _multiply_step(
         scratch: shared memory and barriers.
     """
     blocks, chunk = product.blocks, product.chunk
-    shape, length = (ROWS, chunk), math.gcd(product.group, product.part)
+    shape, length = (WGMMA_ROWS, chunk), math.gcd(product.group, product.part)
     upcast = plgpu.Layout.WGMMA_UPCAST_4X if product.bits == 4 else plgpu.Layout.WGMMA_UPCAST_2X
 
     def along_k(start: int, size: int) -> Any:
@@ -963,7 +970,7 @@ def _multiply_step(
 
     plgpu.barrier_wait(scratch["full"].at[stage])
     for number, (total, scale, zero) in enumerate(zip(sums, scales, zeros, strict=True)):
-        w_tile = scratch["w_ring"].at[stage, number, pl.ds(column * ROWS, ROWS), along_k(0, product.part)]
+        w_tile = scratch["w_ring"].at[stage, number, pl.ds(column * WGMMA_ROWS, WGMMA_ROWS), along_k(0, product.part)]
         codes = load(w_tile, upcast, optimized=True)
         for start in range(0, product.part, chunk):
             group = start // length * length

@@ -7,8 +7,8 @@ Edges are masked. The layer of a scanned stack is an operand that offsets the lo
 
 **Formats.** int4, int8, codebooks of 4 bits (NF4, fp4) and floats of 8 bits, these from compute capability 8.9 on,
 which has an instruction that converts them. Values of a codebook are read from a table that stays in the first cache:
-for a tile of 64 x 64 on Ampere 258 instructions of a warp, of which 32 are those reads, where selecting them by the
-bits of a code takes 607 and int4 253.
+with NF4 a warp on Ampere has 258 instructions for 64 x 64 weights and 16 rows of x, and 247 with int4 (what jax 0.10.2
+makes, `scripts/gpu_compile.py`).
 
 **The transposed product**, the gradient in x, contracts N. Scales differ along it, so they go into x, a tile of which
 is smaller than one of the weight; that product is rounded to the type of the operands. Each tile along K lies in one
@@ -43,7 +43,7 @@ from jaxtyping import Array, Float, Int, Num
 from pallas_kernels import blocks_gpu, gpu_operands, matmul_reference, tile_triton
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.formats import Format
-from pallas_kernels.qtensor import QTensor
+from pallas_kernels.qtensor import QTensor, layer_index
 
 pltriton: Any
 try:
@@ -95,7 +95,7 @@ def matmul(
     Raises:
         ValueError: `blocks` cuts a group.
     """
-    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, (w.dtype, *casts)[-1]))
+    out_dtype = matmul_reference.result_dtype(x, w, casts, preferred_element_type)
     how: dict[str, Any] = {"casts": casts, "precision": precision, "preferred_element_type": preferred_element_type}
     if unsupported(x, w, casts, out_dtype, precision=precision, transpose=transpose):
         return matmul_reference.matmul(x, w, layer=layer, transpose=transpose, **how)
@@ -130,12 +130,10 @@ def fused_matmul(
         ValueError: `blocks` cuts a group.
     """
     w, *_ = weights
-    chain = (w.dtype, *casts)
-    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, chain[-1]))
-    out_dtype = epilogue.out_dtype if epilogue else out_dtype
+    out_dtype = epilogue.out_dtype if epilogue else matmul_reference.result_dtype(x, w, casts, preferred_element_type)
     *stack, m, inner = x.shape
     k, n = w.layout.k, w.layout.n
-    x = gpu_operands.split(x.reshape(-1, m, inner), gpu_operands.operand_dtype(x.dtype, chain))
+    x = gpu_operands.split(x.reshape(-1, m, inner), gpu_operands.operand_dtype(x.dtype, (w.dtype, *casts)))
     batch, rows, _ = x.shape
     blocks = blocks or default_blocks(rows, k, n, w.group_size, batch=batch, transpose=transpose, weights=len(weights))
     if w.group_size != k and w.group_size % blocks.k:
@@ -182,6 +180,7 @@ def unsupported_epilogue(epilogue: Epilogue) -> str | None:
 
 
 _LEAST_K, _MOST_K = 32, 64
+_FEW_M = 16  # rows of a tile up to which `tile_triton.unpack` is shorter than `spread`
 _PROCESSORS = 108  # streaming multiprocessors of an NVIDIA A100
 
 
@@ -249,8 +248,7 @@ def arrays_of(w: QTensor, layer: Int[Array, ""] | int | None) -> list[Array]:
     if w.spec.format.kind == "float":
         words = lax.bitcast_convert_type(words, jnp.dtype(w.spec.format.dtype))
     arrays = [a for a in (words, w.scales.values, w.scales.zero) if a is not None]
-    index = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), 1)
-    return [index, *(a.reshape(-1, *a.shape[-2:]) for a in arrays)]
+    return [gpu_operands.layer_operand(layer), *(a.reshape(-1, *a.shape[-2:]) for a in arrays)]
 
 
 def _call(
@@ -304,9 +302,8 @@ def _kernel(product: Product, arrays: int, others: int, x_ref: Any, *refs: Any) 
 
     def tiles(refs: Sequence[Any]) -> Tiles:
         layer_ref, words, *small = refs
-        layers, layer = words.shape[0] // stack, layer_ref[0]
-        layer = jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)  # as lax.dynamic_index_in_dim
-        return Tiles(product, layer * stack + matrix, table, words, small[0], small[1] if len(small) > 1 else None)
+        at = layer_index(layer_ref[0], words.shape[0] // stack) * stack + matrix
+        return Tiles(product, at, table, words, small[0], small[1] if len(small) > 1 else None)
 
     each = [tiles(refs) for refs in weights]
 
@@ -325,21 +322,32 @@ def _kernel(product: Product, arrays: int, others: int, x_ref: Any, *refs: Any) 
     sums = lax.fori_loop(0, steps, step, (zeros,) * product.weights)
     results = [own.finished(total, produced) for own, total in zip(each, sums, strict=True)]
 
-    def other(ref: Any) -> Array:
-        one = jnp.zeros((1, 1), jnp.int32)
-        across = rows[:, None] if ref.shape[1] > 1 else one
-        along = produced[None, :] if ref.shape[2] > 1 else one
-        at = matrix if ref.shape[0] > 1 else 0
-        return pltriton.load(ref.at[at, across, along], mask=(across < height) & (along < outer), other=0)
-
     if product.epilogue:
-        results = [product.epilogue(results, [other(ref) for ref in other_refs])]
+        read = [beside(ref, matrix, rows, produced, (height, outer)) for ref in other_refs]
+        results = [product.epilogue(results, read)]
     for out_ref, result in zip(out_refs, results, strict=True):
         pltriton.store(
             out_ref.at[part, matrix, rows[:, None], produced[None, :]],
             result.astype(product.out_dtype),
             mask=(rows[:, None] < height) & (produced[None, :] < outer),
         )
+
+
+def beside(
+    ref: Any, matrix: Any, rows: Int[Array, " M"], columns: Int[Array, " N"], size: tuple[int, int]
+) -> Num[Array, "_ _"]:
+    """What an epilogue reads of another operand for a tile of the result.
+
+    Args:
+        ref: `(stack or 1, M or 1, N or 1)`, in global memory.
+        matrix, rows, columns: of the tile.
+        size: rows and columns of the result.
+    """
+    one = jnp.zeros((1, 1), jnp.int32)
+    across = rows[:, None] if ref.shape[1] > 1 else one
+    along = columns[None, :] if ref.shape[2] > 1 else one
+    at = matrix if ref.shape[0] > 1 else 0
+    return pltriton.load(ref.at[at, across, along], mask=(across < size[0]) & (along < size[1]), other=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,17 +407,10 @@ class Tiles:
             mask=(across < product.n) & (along < self.words.shape[-2 if kn else -1]),
             other=jnp.zeros((), self.words.dtype),
         )
-        words = words if kn else words.T
         if product.format.bits == 8:
-            return words.astype(dtype)
-        codes = _unpack(words, signed=self.table is None)
-        return codes.astype(dtype) if self.table is None else pltriton.load(self.table.at[codes])
-
-
-def _unpack(words: Int[Array, "R N"], *, signed: bool) -> Int[Array, "_ N"]:
-    """Codes of 4 bits, as int32: word r holds those of k = 8r .. 8r + 7, the lowest in the lowest bits."""
-    r, n = words.shape
-    place = 4 * lax.broadcasted_iota(jnp.int32, (r, 8, n), 1)
-    spread = lax.broadcast_in_dim(words, (r, 8, n), (0, 2))
-    codes = (spread << (28 - place)) >> 28 if signed else (spread >> place) & 15
-    return codes.reshape(8 * r, n)
+            return (words if kn else words.T).astype(dtype)
+        if self.table is not None:
+            return pltriton.load(self.table.at[tile_triton.spread(words if kn else words.T) & 15])
+        if product.blocks.m > _FEW_M and not product.transpose:
+            return tile_triton.spread(words if kn else words.T).astype(dtype)
+        return tile_triton.unpack(words.T if kn else words, 4).T.astype(dtype)

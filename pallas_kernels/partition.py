@@ -51,7 +51,7 @@ from jaxtyping import Array, Float, Int, Int8, Int32
 from pallas_kernels import numerics, packing
 from pallas_kernels.exact import finite
 from pallas_kernels.integer_matmul_cpu import rescale
-from pallas_kernels.matmul_reference import pick_layer
+from pallas_kernels.matmul_reference import pick_layer, result_dtype
 from pallas_kernels.numerics import Scales
 from pallas_kernels.qtensor import Layout, QTensor
 
@@ -302,7 +302,7 @@ def matmul(implementation: Callable[..., Array]) -> Callable[..., Array]:
         if split is None:
             return implementation(x, w, layer=layer, preferred_element_type=preferred_element_type, **options)
         contracted, produced = (split.n, split.k) if transpose else (split.k, split.n)
-        out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, casts[-1] if casts else w.dtype))
+        out_dtype = result_dtype(x, w, casts, preferred_element_type)
         dtype = jnp.promote_types(out_dtype, jnp.float32) if contracted else out_dtype
 
         def local(x: Array, w: QTensor, layer: Any) -> Array:
@@ -352,6 +352,27 @@ def integer_matmul(implementation: Callable[..., Array]) -> Callable[..., Array]
             None if layer is None else P(),
         )
         return split.run(local, (x, scale, zero, w, layer), specs, split.rows(split.n))
+
+    return product
+
+
+def fp8_matmul(implementation: Callable[..., Array]) -> Callable[..., Array]:
+    """`fp8_matmul.matmul_reference`, or another implementation of it, on the shards of each device."""
+
+    def product(
+        x: Float[Array, "*stack M K"], w: QTensor, *, layer: Int[Array, ""] | None, precision: lax.Precision
+    ) -> Float[Array, "*stack M N"]:
+        split = Split.of(jax.typeof(x), jax.tree.map(jax.typeof, w), indexed=layer is not None)
+        if split is None:
+            return implementation(x, w, layer=layer, precision=precision)
+
+        def local(x: Array, w: QTensor, layer: Any) -> Array:
+            w, layer = split.local(w, layer)
+            out = implementation(x, w, layer=layer, precision=precision)
+            return lax.psum(out, split.k) if split.k else out
+
+        specs = (split.rows(split.k), split.weight(w), None if layer is None else P())
+        return split.run(local, (x, w, layer), specs, split.rows(split.n))
 
     return product
 

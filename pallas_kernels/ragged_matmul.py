@@ -28,7 +28,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int, Int32, Integer
 
 from pallas_kernels import blocks_gpu, partition, ragged_matmul_tpu
-from pallas_kernels.matmul_reference import pick_layer, weight_matrix
+from pallas_kernels.matmul_reference import pick_layer, result_dtype, weight_matrix
 from pallas_kernels.qtensor import Layout, QTensor
 
 quantized_ragged_matmul_p = Primitive("quantized_ragged_matmul")
@@ -165,9 +165,8 @@ def _abstract_eval(x: Any, group_sizes: Any, *leaves: Any, **params: Any) -> Any
             "axes: sizes of groups do not say which device has which rows. Call it inside jax.shard_map, or give "
             "lax.ragged_dot w.dequantize() and an out_sharding."
         )
-    weight_dtype = params["casts"][-1] if params["casts"] else w.dtype
-    dtype = params["preferred_element_type"] or jnp.promote_types(x.dtype, weight_dtype)
-    return ShapedArray((x.shape[0], w.layout.k if params["transpose"] else w.layout.n), jnp.dtype(dtype))
+    dtype = result_dtype(x, w, params["casts"], params["preferred_element_type"])
+    return ShapedArray((x.shape[0], w.layout.k if params["transpose"] else w.layout.n), dtype)
 
 
 def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Any]:

@@ -23,9 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels import gpu_operands, matmul_triton, tile_triton
+from pallas_kernels import gpu_operands, matmul_reference, matmul_triton, tile_triton
 from pallas_kernels.matmul_triton import Blocks, pltriton
-from pallas_kernels.qtensor import QTensor
+from pallas_kernels.qtensor import QTensor, layer_index
 
 _LEAST_M, _MOST_M = 16, 128  # rows of a tile
 
@@ -34,7 +34,7 @@ def unsupported(
     x: Any, w: QTensor, *, casts: tuple[Any, ...], precision: Any, preferred_element_type: Any, transpose: bool
 ) -> str | None:
     """Why a product is left to the reference, or None; x is anything with a shape and a dtype."""
-    out_dtype = _out_dtype(x, w, casts, preferred_element_type)
+    out_dtype = matmul_reference.result_dtype(x, w, casts, preferred_element_type)
     if reason := tile_triton.unavailable():
         return reason
     return matmul_triton.unsupported(x, w, casts, out_dtype, precision=precision, transpose=transpose)
@@ -64,7 +64,7 @@ def matmul(
     Raises:
         ValueError: `blocks` cuts a group, or splits what is contracted.
     """
-    out_dtype = _out_dtype(x, w, casts, preferred_element_type)
+    out_dtype = matmul_reference.result_dtype(x, w, casts, preferred_element_type)
     m, experts = x.shape[0], group_sizes.shape[0]
     parts = gpu_operands.split(x[None], gpu_operands.operand_dtype(x.dtype, (w.dtype, *casts)))
     count = parts.shape[1] // m
@@ -93,10 +93,6 @@ def default_blocks(m: int, experts: int, w: QTensor, parts: int, transpose: bool
     rows = min(_MOST_M, max(_LEAST_M, pl.next_power_of_2(parts * pl.cdiv(m, min(m, experts)))))
     blocks = matmul_triton.default_blocks(rows, w.layout.k, w.layout.n, w.group_size, transpose=transpose)
     return dataclasses.replace(blocks, m=rows, splits=1)
-
-
-def _out_dtype(x: Any, w: QTensor, casts: tuple[Any, ...], preferred_element_type: Any) -> jnp.dtype:
-    return jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, casts[-1] if casts else w.dtype))
 
 
 class Visits(NamedTuple):
@@ -189,8 +185,7 @@ def _kernel(product: matmul_triton.Product, experts: int, parts: int, x_ref: Any
     *weight, out_ref = refs[3:]
     table, layer_ref, words, *small = weight if product.format.values else [None, *weight]
     scales, zeros = (*small, None)[:2]
-    layers, layer = words.shape[0] // experts, layer_ref[0]
-    layer = jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)  # as lax.dynamic_index_in_dim
+    layer = layer_index(layer_ref[0], words.shape[0] // experts)
     tiles = matmul_triton.Tiles(product, layer * experts + expert, table, words, scales, zeros)
     (inner, inner_tile), (outer, outer_tile), height = product.contracted, product.produced, product.blocks.m // parts
     of_tile = jnp.arange(product.blocks.m)

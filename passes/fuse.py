@@ -7,6 +7,11 @@ Calls of `jit` and `custom_jvp` functions that do nothing else (`jax.nn.silu`, `
 a reshape, a second use of a value ends a region, and a cast to a wider dtype does not end up in one as the last
 operation: what reads the result can widen it.
 
+Products of integers (`passes.integer`) have regions like others. Where nothing reads the last value of one but products
+of integers that quantize it alike, with a range that is known before the call, the region ends in codes: they go on to
+those products, and no float is stored. If something else reads it too, it stays float, and the plan says what that is.
+(A dynamic range, say of each token, is known only once all of the row is.)
+
 A region is carried out by `fused_matmul`, where its last equation stands. On TPU that is one kernel; elsewhere it is
 the program's own operations, bit for bit. Only served models have regions: training runs none of this.
 """
@@ -26,12 +31,16 @@ from jax.extend.core import Literal
 from jax.extend.core import primitives as prims
 from jaxtyping import Array
 
+from pallas_kernels import activations
+from pallas_kernels.activations import Activation
 from pallas_kernels.epilogue import DTYPES, OPERATIONS, Constant, Epilogue, Step
 from pallas_kernels.fused_matmul import fused_matmul
+from pallas_kernels.integer_matmul import integer_matmul
+from pallas_kernels.matmul import quantized_matmul
 from pallas_kernels.qtensor import QTensor
-from passes import control_flow, lower
-from passes.plan import Entry, Plan
-from passes.replay import Fused, Ref, as_float
+from passes import control_flow, integer, lower
+from passes.plan import Entry, Plan, QuantizedInput, QuantizedSite
+from passes.replay import Fused, Ref, Scope, as_float
 from passes.sites import Address, Site, Sites
 from passes.trace import Program
 
@@ -51,6 +60,21 @@ class Other:
 
 
 @dataclasses.dataclass(frozen=True)
+class Codes:
+    """What the result of a region is quantized for.
+
+    Attributes:
+        site: one of the equations that read it, the decision for it.
+        entering: the operand that it is there.
+        readers: numbers of all of these equations.
+    """
+
+    site: QuantizedSite
+    entering: QuantizedInput
+    readers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Fusion:
     """The decision to carry out equations of one body as one product.
 
@@ -64,6 +88,9 @@ class Fusion:
         epilogue: the steps as a kernel runs them.
         batch, rows: how many axes of the result come from axes that both operands have, and how many from x alone.
         operations: the steps as the plan prints them.
+        site: the decision for the input, where integers are multiplied; that of the first dot.
+        codes: what the result is quantized for, or None where it is float.
+        reason: why it is float though an equation that reads it has a range for it; empty if there is no such.
     """
 
     names: tuple[str, ...]
@@ -76,17 +103,40 @@ class Fusion:
     batch: int
     rows: int
     operations: tuple[str, ...]
+    site: QuantizedSite | None = None
+    codes: Codes | None = None
+    reason: str = ""
 
     @property
     def equations(self) -> tuple[int, ...]:
         """The equations that are carried out together, ascending."""
         return tuple(sorted((*self.dots, *self.steps)))
 
+    @property
+    def multiplying(self) -> list[Address]:
+        """Addresses of the equations whose products have to be what the plan says they are."""
+        return [(*self.body, i) for i in (*self.dots, *(self.codes.readers if self.codes else ()))]
+
     def __str__(self) -> str:
-        return f"{', '.join(self.names)}: {', '.join(self.operations)}"
+        operations = ", ".join([*self.operations, *(["quantize"] if self.codes else [])])
+        return f"{', '.join(self.names)}: {operations}" + (f" (not quantize: {self.reason})" if self.reason else "")
 
 
 # --- The decision ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """A dot with a packed weight.
+
+    Attributes:
+        site, entry: the weight, and the decision for it.
+        quantized: the decision for the other operand, where integers are multiplied.
+    """
+
+    site: Site
+    entry: Entry
+    quantized: QuantizedSite | None
 
 
 def plan_fusions(program: Program, sites: Sites, plan: Plan) -> tuple[Fusion, ...]:
@@ -94,25 +144,30 @@ def plan_fusions(program: Program, sites: Sites, plan: Plan) -> tuple[Fusion, ..
 
     Args:
         program, sites: of the call.
-        plan: which weights are packed and which inputs quantized; a product of quantized inputs stays by itself.
+        plan: which weights are packed and which inputs quantized; a product of quantized values that is one of floats
+            stays by itself.
     """
     found = packed_dots(program, sites, plan)
-    return tuple(fusion for address, jaxpr, dots in found for fusion in _Body(address, jaxpr, dots).fusions())
+    quantized: dict[Address, dict[int, QuantizedSite]] = {}
+    for site in plan.sites:
+        number = site.address[-1]
+        assert isinstance(number, int)
+        quantized.setdefault(site.address[:-1], {})[number] = site
+    bodies = (_Body(address, jaxpr, dots, quantized.get(address, {})) for address, jaxpr, dots in found)
+    return tuple(fusion for body in bodies for fusion in body.fusions())
 
 
-def packed_dots(
-    program: Program, sites: Sites, plan: Plan
-) -> Iterator[tuple[Address, Any, dict[int, tuple[Site, Entry]]]]:
-    """The dots of float inputs and packed weights: address and jaxpr of each body that has some, and they by number."""
-    quantized = {site.address for site in plan.sites}
-    dots: dict[Address, dict[int, tuple[Site, Entry]]] = {}
+def packed_dots(program: Program, sites: Sites, plan: Plan) -> Iterator[tuple[Address, Any, dict[int, Dot]]]:
+    """The dots of packed weights: address and jaxpr of each body that has some, and they by number."""
+    quantized = {site.address: site for site in plan.sites}
+    dots: dict[Address, dict[int, Dot]] = {}
     for site in sites.sites:
-        entry = plan[site.source]
-        alone = entry.spec is None or entry.layout != site.layout or site.address in quantized
+        entry, inputs = plan[site.source], quantized.get(site.address)
+        alone = entry.spec is None or entry.layout != site.layout or (inputs and inputs.product != "integer")
         if site.op == "dot" and not alone and "shard_map" not in site.address:
             number = site.address[-1]
             assert isinstance(number, int)
-            dots.setdefault(site.address[:-1], {})[number] = site, entry
+            dots.setdefault(site.address[:-1], {})[number] = Dot(site, entry, inputs)
     for address, jaxpr in _bodies(program.jaxpr, (), {body[:i] for body in dots for i in range(len(body) + 1)}):
         if address in dots:
             yield address, jaxpr, dots[address]
@@ -132,8 +187,9 @@ def _bodies(jaxpr: Any, address: Address, wanted: set[Address]) -> Iterator[tupl
 class _Body:
     """The regions of one body."""
 
-    def __init__(self, address: Address, jaxpr: Any, dots: dict[int, tuple[Site, Entry]]):
+    def __init__(self, address: Address, jaxpr: Any, dots: dict[int, Dot], quantized: dict[int, QuantizedSite]):
         self.address = address
+        self.quantized = quantized
         self.eqns = jaxpr.eqns
         self.producer = {v: i for i, eqn in enumerate(self.eqns) for v in eqn.outvars}
         self.uses: dict[Any, set[int]] = collections.defaultdict(set)
@@ -144,7 +200,7 @@ class _Body:
         for v in jaxpr.outvars:
             if not isinstance(v, Literal):
                 self.uses[v].add(len(self.eqns))
-        self.dots = {i: dot for i, dot in dots.items() if _is_matrix(self.eqns[i], dot[0])}
+        self.dots = {i: dot for i, dot in dots.items() if _is_matrix(self.eqns[i], dot.site)}
         self.taken: set[int] = set()
 
     def fusions(self) -> list[Fusion]:
@@ -158,11 +214,14 @@ class _Body:
 
     def are_alike(self, one: int, other: int) -> bool:
         """Whether two dots multiply one input with weights that are packed alike."""
-        (a, entry), (b, other_entry) = self.dots[one], self.dots[other]
-        same_input = not isinstance(a.input, str) and not isinstance(b.input, str) and a.input.flow == b.input.flow
-        packed = (entry.spec, entry.layout, entry.order) == (other_entry.spec, other_entry.layout, other_entry.order)
-        read = (a.view.axes, a.view.casts, len(a.view.indexed)) == (b.view.axes, b.view.casts, len(b.view.indexed))
-        return same_input and packed and read and self.eqns[one].params == self.eqns[other].params
+        a, b = self.dots[one], self.dots[other]
+        x, y = a.site.input, b.site.input
+        same_input = not isinstance(x, str) and not isinstance(y, str) and x.flow == y.flow
+        quantized = [q and integer.key_of(q, q.inputs[0]) for q in (a.quantized, b.quantized)]
+        packed = [(dot.entry.spec, dot.entry.layout, dot.entry.order) for dot in (a, b)]
+        read = [(dot.site.view.axes, dot.site.view.casts, len(dot.site.view.indexed)) for dot in (a, b)]
+        same = all(one == other for one, other in (quantized, packed, read))
+        return same_input and same and self.eqns[one].params == self.eqns[other].params
 
     def grow(self, dots: tuple[int, ...]) -> Fusion | None:
         """The longest region after these dots that ends in one value."""
@@ -170,6 +229,8 @@ class _Body:
         pending = [i for dot in dots for i in self.uses[self.eqns[dot].outvars[0]]]
         heapq.heapify(pending)
         best = None
+        if len(dots) == 1 and (codes := self.codes(dots[0], self.eqns[dots[0]].outvars[0])[0]):
+            best = region.fusion(codes)
         while pending:
             i = heapq.heappop(pending)
             if i in region.steps:
@@ -180,10 +241,32 @@ class _Body:
             if self.is_closed(dots, region.steps) and not (
                 _widens(self.eqns[i]) and len(self.eqns) not in self.uses[out]
             ):
-                best = region.fusion()
+                best = region.fusion(*self.codes(dots[0], out))
             for use in self.uses[out]:
                 heapq.heappush(pending, use)
         return best
+
+    def codes(self, dot: int, out: Any) -> tuple[Codes | None, str]:
+        """What a value after this dot is quantized for by all that read it, or None and why it is not."""
+        if self.dots[dot].quantized is None:
+            return None, ""
+        known: dict[Any, tuple[QuantizedSite, QuantizedInput]] = {}
+        others = []
+        for i in sorted(self.uses[out]):
+            site = self.quantized.get(i)
+            read = [operand for operand, atom in enumerate(self.eqns[i].invars) if atom is out] if site else []
+            entering = [e for e in site.inputs if e.operand in read] if site else []
+            if site and site.product == "integer" and len(entering) == len(read):
+                known.update((integer.key_of(site, e), (site, e)) for e in entering)
+            else:
+                others.append("the result" if i == len(self.eqns) else f"'{_names(self.eqns[i])[0]}'")
+        static = [(site, entering) for site, entering in known.values() if entering.range is not None]
+        if not static:
+            return None, ""
+        if others or len(known) > 1:
+            reads = f"{', '.join(others)} {'reads' if len(others) == 1 else 'read'} the values too"
+            return None, reads if others else "it is quantized in several ways"
+        return Codes(*static[0], tuple(sorted(self.uses[out]))), ""
 
     def is_closed(self, dots: tuple[int, ...], steps: Sequence[int]) -> bool:
         """Whether all values but that of the last step are used, and only by steps."""
@@ -313,8 +396,10 @@ class _Region:
             values[step.outvars[0]] = value
         return read(inner.outvars[0])
 
-    def fusion(self) -> Fusion:
+    def fusion(self, codes: Codes | None = None, reason: str = "") -> Fusion:
         products, others = len(self.dots), len(self.others)
+        if codes:  # scale and zero point
+            others += 2 if codes.site.spec.zero_point else 1
 
         def final(value: Value) -> Value:
             if isinstance(value, Constant):
@@ -322,12 +407,13 @@ class _Region:
             return products - 1 - value if value < 0 else value if value < products else value + others
 
         operations = [dataclasses.replace(step, operands=tuple(map(final, step.operands))) for step in self.operations]
-        last = final(self.values[self.body.eqns[self.steps[-1]].outvars[0]])
+        last = final(self.values[self.body.eqns[max((*self.dots, *self.steps))].outvars[0]])
         assert isinstance(last, int)
-        epilogue = Epilogue(self.result.dtype, products, others, tuple(operations), last)
-        sites = [self.body.dots[dot][0] for dot in self.dots]
+        spec = codes.site.spec if codes else None
+        epilogue = Epilogue(self.result.dtype, products, others, tuple(operations), last, spec)
+        dots = [self.body.dots[dot] for dot in self.dots]
         return Fusion(
-            tuple(s.source if s.number == 0 else f"{s.source}#{s.number}" for s in sites),
+            tuple(s.source if s.number == 0 else f"{s.source}#{s.number}" for s in (dot.site for dot in dots)),
             self.body.address,
             self.dots,
             tuple(self.steps),
@@ -337,6 +423,9 @@ class _Region:
             self.batch,
             self.rows,
             tuple(name for i in self.steps for name in _names(self.body.eqns[i])),
+            dots[0].quantized,
+            codes,
+            reason,
         )
 
 
@@ -400,41 +489,83 @@ def packed_forms(
     return pairs if len(pairs) == len(dots) else None
 
 
-def carried_out(fusion: Fusion) -> Fused:
-    """What `passes.replay` does in place of the equations of a region."""
+def carried_out(fusion: Fusion, ranges: integer.RangeArrays) -> Fused:
+    """What `passes.replay` does in place of the equations of a region.
 
-    def rule(eqns: Sequence[Any], read: Any) -> list[Array] | None:
+    Args:
+        fusion: the region.
+        ranges: as for `integer.quantized`.
+    """
+
+    def rule(eqns: Sequence[Any], read: Any, scope: Scope) -> list[Array] | None:
         dots = [eqns[i] for i in fusion.dots]
         packed = packed_forms(dots, [1] * len(dots), read)
         if packed is None:
             return None
         (ref, *_), forms = zip(*packed, strict=True)
         atoms = [eqns[other.equation].invars[other.operand] for other in fusion.others]
-        x, *others = (as_float(read(atom)) for atom in (dots[0].invars[0], *atoms))
-        result = dots[0].outvars[0].aval.shape
-        shapes = [padded(a.aval.shape, o.axes, len(result)) for a, o in zip(atoms, fusion.others, strict=True)]
+        others = [as_float(read(atom)) for atom in atoms]
+        result, last = dots[0].outvars[0].aval, eqns[fusion.equations[-1]].outvars[0]
+        shapes = [padded(a.aval.shape, o.axes, len(result.shape)) for a, o in zip(atoms, fusion.others, strict=True)]
+        x, value, known = as_float(read(dots[0].invars[0])), None, None
+        if fusion.site is not None:
+            quantized, value = integer.quantized_input(fusion.site, fusion.site.inputs[0], x, ranges, scope)
+            x, value = integer.rows_of(quantized, forms[0].rows), forms[0].rows(value)
+        else:
+            x = forms[0].rows(x)
+        scales: list[Array] = []
+        if codes := fusion.codes:
+            known = integer.range_of(codes.site, codes.entering, ranges, scope)
+            assert known is not None
+            scale, zero = activations.known_scale(codes.site.spec, known, len(result.shape))
+            scales = [scale] if zero is None else [scale, zero]
+        how: dict[str, Any] = {
+            "casts": ref.view.casts,
+            "precision": dots[0].params["precision"],
+            "preferred_element_type": dots[0].params["preferred_element_type"],
+        }
 
-        def program(products: Sequence[Array], others: Sequence[Array]) -> Array:
-            values: dict[Any, Any] = dict(zip(atoms, others, strict=True))
+        def multiplied(x: Any, value: Array | None, w: QTensor, layer: Any) -> Array:
+            if value is None:
+                return quantized_matmul(x, w, layer=layer, **how)
+
+            def of_codes(_: Any, operands: Any) -> Array:
+                x, w, layer = operands
+                return integer_matmul(x.codes, x.scale, x.zero, w, layer=layer, out_dtype=result.dtype)
+
+            def smooth(values: list[Any], operands: Any) -> Array:
+                _, w, layer = operands
+                return quantized_matmul(values[0], w, layer=layer, **how)
+
+            return integer.with_derivative(of_codes, smooth, [value], (x, w, layer))
+
+        def program(x: Any, weights: Any, layers: Any, others: Any, beside: Any) -> list[Array]:
+            value, known = beside
+            values: dict[Any, Any] = dict(zip(atoms, others[: len(atoms)], strict=True))
+            products = [multiplied(x, value, w, layer) for w, layer in zip(weights, layers, strict=True)]
             values.update((e.outvars[0], f.result(p)) for e, f, p in zip(dots, forms, products, strict=True))
             for i in sorted((*fusion.repeats, *fusion.steps)):
                 operands = [a.val if isinstance(a, Literal) else values[a] for a in eqns[i].invars]
                 values[eqns[i].outvars[0]] = control_flow.bind(eqns[i], operands)[0]
-            return values[eqns[fusion.steps[-1]].outvars[0]]
+            if codes is None:
+                return [values[last]]
+            made, value = activations.fake_quant(values[last], codes.site.spec, codes.entering.axes, known)
+            return [made.codes, value]
 
         out = fused_matmul(
-            forms[0].rows(x),
+            x,
             [form.weight for form in forms],
-            others,
+            [*others, *scales],
             layers=[form.layer for form in forms],
-            casts=ref.view.casts,
-            precision=dots[0].params["precision"],
-            preferred_element_type=dots[0].params["preferred_element_type"],
+            **(how if fusion.site is None else {}),
             epilogue=fusion.epilogue,
-            shapes=[_matrix_form(shape, result, fusion) for shape in shapes],
+            shapes=[*(_matrix_form(shape, result.shape, fusion) for shape in shapes), *((1, 1, 1) for _ in scales)],
             program=program,
+            beside=(value, known),
         )
-        return [out]
+        if codes:
+            scope.memo[integer.key_of(codes.site, codes.entering)] = Activation(out[0], *scales), out[1]
+        return [out[-1]]
 
     return Fused(fusion.body, fusion.equations, rule, place=fusion.equations[-1], reads=fusion.repeats)
 

@@ -1,9 +1,12 @@
 """Matmuls and convolutions whose inputs are quantized, and the taps that calibrate their ranges.
 
-`quantized` makes the rule for one planned equation: its inputs become integer codes (once for all equations of a body
-that share an input), the codes are multiplied as integers, and scales are applied to the sum. Served and trained models
-run the same code on the same integers. In training, where the weight has a shadow, the result has the derivative of the
-float product of the quantized values; where the weight is packed, the derivative in the input alone.
+`quantized` makes the rule for one planned equation: its inputs become codes (once for all equations of a body that
+share an input), the codes are multiplied, as integers or as 8-bit floats, and scales are applied to the sum. Served and
+trained models run the same code on the same codes. In training, where the weight has a shadow, the result has the
+derivative of the float product of the quantized values; where the weight is packed, the derivative in the input alone.
+
+Sums of integers are exact, so what is trained and what is served are equal to the last bit. Those of 8-bit floats are
+float32 and equal up to their order (`pallas_kernels.fp8_matmul`).
 
 A product counts as "float" where the plan says so: the quantized values are multiplied by the program's own equation.
 """
@@ -22,28 +25,54 @@ from jax.extend.core import primitives as prims
 from jaxtyping import Array, Float
 
 from pallas_kernels import activations, numerics, packing
-from pallas_kernels.activations import Activation, ActSpec
+from pallas_kernels.activations import Activation, ActSpec, Ranges
 from pallas_kernels.formats import FORMATS, Format, PerChannel, QuantSpec
+from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.integer_matmul import integer_matmul
 from pallas_kernels.matmul_reference import pick_layer
 from pallas_kernels.numerics import Scales
 from pallas_kernels.qtensor import Layout, QTensor
 from passes import control_flow, lower, observe
-from passes.plan import QuantizedSite
+from passes.plan import QuantizedInput, QuantizedSite
 from passes.replay import AtRule, Ref, Scope, as_float
 
 RangeArrays = Mapping[str, Mapping[str, Any]]
 """Name of a range -> its arrays, each with one leading axis for every layer scan around the site."""
 
 
-def _range_of(ranges: RangeArrays, name: str, site: QuantizedSite, scope: Scope) -> dict[str, Array]:
+def range_of(site: QuantizedSite, entering: QuantizedInput, ranges: RangeArrays, scope: Scope) -> Ranges | None:
+    """The arrays of the range of an input, for the step of the layer scans around its site; None where it is dynamic.
+
+    Args:
+        site: the decision for an equation.
+        entering: one of its inputs.
+        ranges, scope: of the call, and of the body with the equation.
+    """
+
     def pick(a: Any) -> Array:
         a = jnp.asarray(a, jnp.float32)
         for loop in site.loops:
             a = lax.dynamic_index_in_dim(a, scope.indices[loop], 0, keepdims=False)
         return a
 
-    return {part: pick(a) for part, a in ranges[name].items()}
+    return None if entering.range is None else {part: pick(a) for part, a in ranges[entering.range].items()}
+
+
+def key_of(site: QuantizedSite, entering: QuantizedInput) -> Any:
+    """Under which `Scope.memo` has a quantized input: what sites that share it have in common."""
+    return entering.flow, entering.axes, site.spec, entering.range
+
+
+def quantized_input(
+    site: QuantizedSite, entering: QuantizedInput, x: Any, ranges: RangeArrays, scope: Scope
+) -> tuple[Activation, Array]:
+    """`activations.fake_quant` of an input, once in a body; arguments as for `range_of`, and the value in flight."""
+    key = key_of(site, entering)
+    if key not in scope.memo:
+        known = range_of(site, entering, ranges, scope)
+        with jax.named_scope("quantize"):
+            scope.memo[key] = activations.fake_quant(as_float(x), site.spec, entering.axes, known)
+    return scope.memo[key]
 
 
 def quantized(site: QuantizedSite, ranges: RangeArrays, *, tap: bool = False, enabled: Array | None = None) -> AtRule:
@@ -59,15 +88,7 @@ def quantized(site: QuantizedSite, ranges: RangeArrays, *, tap: bool = False, en
     def rule(eqn: Any, values: list[Any], scope: Scope) -> list[Any]:
         if tap:
             _tap(site, values, scope)
-        inputs: list[tuple[Activation, Array]] = []
-        for entering in site.inputs:
-            x = as_float(values[entering.operand])
-            key = (entering.flow, entering.axes, site.spec, entering.range)
-            if key not in scope.memo:
-                known = None if entering.range is None else _range_of(ranges, entering.range, site, scope)
-                with jax.named_scope("quantize"):
-                    scope.memo[key] = activations.fake_quant(x, site.spec, entering.axes, known)
-            inputs.append(scope.memo[key])
+        inputs = [quantized_input(site, i, values[i.operand], ranges, scope) for i in site.inputs]
         out = _product(site, eqn, values, inputs)
         if enabled is not None:
             plain = control_flow.bind(eqn, [as_float(v) for v in values])[0]
@@ -104,66 +125,96 @@ def _product(site: QuantizedSite, eqn: Any, values: list[Any], inputs: list[tupl
     for entering, (_, value) in zip(site.inputs, inputs, strict=True):
         values[entering.operand] = value
     codes = [activation for activation, _ in inputs]
-    ref = None if site.weight is None else values[site.weight]
-    exact = None
-    if site.product == "integer":
-        if ref is None:
-            exact = _matmul_of_activations(eqn, codes, site.spec)
-        elif isinstance(ref, Ref) and isinstance(ref.base, QTensor):
-            exact = _INTEGER[eqn.primitive](eqn, values, ref, site.weight, codes[0], site.spec)
 
-    def smooth(values: list[Any]) -> Array:
+    def of_codes(values: list[Any], codes: list[Activation]) -> Callable[[], Array] | None:
+        ref = None if site.weight is None else values[site.weight]
+        if site.product == "float":
+            return None
+        if ref is None:
+            return _matmul_of_activations(eqn, codes, site.spec)
+        if isinstance(ref, Ref) and isinstance(ref.base, QTensor):
+            return _PRODUCTS[eqn.primitive](eqn, values, ref, site.weight, codes[0], site.spec)
+        return None
+
+    def smooth(values: list[Any], codes: list[Activation]) -> Array:
+        ref = None if site.weight is None else values[site.weight]
         packed = isinstance(ref, Ref) and ref.shadow is None
         rule = lower.RULES.get(eqn.primitive)
         if packed and rule and site.weight is not None and (out := rule(eqn, values, site.weight)) is not None:
             return out[0]
         return control_flow.bind(eqn, [as_float(v) for v in values])[0]
 
-    if exact is None:
-        return smooth(values)
-    return _with_derivative(exact, smooth, values)
+    if of_codes(values, codes) is None:
+        return smooth(values, codes)
+    return with_derivative(lambda *operands: of_codes(*operands)(), smooth, values, codes)  # type: ignore[misc]
 
 
-def _with_derivative(exact: Callable[[], Array], smooth: Callable[[list[Any]], Array], values: list[Any]) -> Array:
-    """`exact()`, with the derivative of `smooth(values)` in the floats among the values and in shadows."""
-    moving = [v.shadow if isinstance(v, Ref) else v for v in values]
-    moving = [v if v is not None and jnp.issubdtype(v.dtype, jnp.inexact) else None for v in moving]
+def with_derivative(
+    of_codes: Callable[[list[Any], Any], Array],
+    smooth: Callable[[list[Any], Any], Array],
+    values: list[Any],
+    codes: Any,
+) -> Array:
+    """`of_codes(values, codes)`, with the derivative of `smooth` of them in the floats among the values and in shadows.
 
-    def of(moving: list[Any]) -> Array:
-        full = []
-        for value, moved in zip(values, moving, strict=True):
-            if moved is None:
-                full.append(value)
-            else:
-                full.append(dataclasses.replace(value, shadow=moved) if isinstance(value, Ref) else moved)
-        return smooth(full)
+    Everything traced that the two read is an operand: a call inside `jit` is differentiated when the trace is over.
+    """
+
+    def moving(values: list[Any], like: list[Any]) -> list[Any]:
+        each = [(v.shadow, a.shadow) if isinstance(a, Ref) else (v, a) for v, a in zip(values, like, strict=True)]
+        return [v if a is not None and jnp.issubdtype(a.dtype, jnp.inexact) else None for v, a in each]
 
     @jax.custom_jvp
-    def product(moving: list[Any]) -> Array:
-        return exact()
+    def product(values: list[Any], codes: Any) -> Array:
+        return of_codes(values, codes)
 
     @product.defjvp
     def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
-        _, tangent = jax.jvp(of, primals, tangents)
-        return product(*primals), tangent
+        values, codes = primals
 
-    return product(moving)
+        def of(moved: list[Any]) -> Array:
+            full = []
+            for value, own in zip(values, moved, strict=True):
+                if own is None:
+                    full.append(value)
+                else:
+                    full.append(dataclasses.replace(value, shadow=own) if isinstance(value, Ref) else own)
+            return smooth(full, codes)
+
+        _, tangent = jax.jvp(of, (moving(values, values),), (moving(tangents[0], values),))
+        return product(values, codes), tangent
+
+    return product(values, codes)
 
 
 def _dot(eqn: Any, values: list[Any], ref: Ref, operand: int, x: Activation, spec: ActSpec) -> Any:
     form = lower.dot_form(eqn, ref, operand)
     if form is None:
         return None
-    dtype, weight = eqn.outvars[0].aval.dtype, jax.tree.map(lax.stop_gradient, form.weight)
+    weight = jax.tree.map(lax.stop_gradient, form.weight)
 
-    def exact() -> Array:
-        return form.result(integer_matmul(*_rows(x, form.rows), weight, layer=form.layer, out_dtype=dtype))
+    def of_codes() -> Array:
+        return form.result(_multiplied(eqn, rows_of(x, form.rows), weight, spec, form.layer))
 
-    return exact
+    return of_codes
 
 
-def _rows(x: Activation, rows: Callable[[Array], Array]) -> tuple[Array, Array, Array | None]:
-    """Codes `(*stack, M, K)`, and scales and zero points `(*stack, M, 1)`."""
+def _multiplied(eqn: Any, x: Activation, w: QTensor, spec: ActSpec, layer: Any = None) -> Array:
+    """The product of the codes of x, in rows, and those of a packed matrix, in the dtype of the equation's result."""
+    dtype = eqn.outvars[0].aval.dtype
+    if spec.format.kind == "int":
+        return integer_matmul(x.codes, x.scale, x.zero, w, layer=layer, out_dtype=dtype)
+    codes = lax.bitcast_convert_type(x.codes, jnp.dtype(spec.format.dtype))
+    return fp8_matmul(codes, x.scale, w, layer=layer, precision=eqn.params["precision"], out_dtype=dtype)
+
+
+def rows_of(x: Activation, rows: Callable[[Array], Array]) -> Activation:
+    """The same with codes `(*stack, M, K)`, and scales and zero points `(*stack, M, 1)`.
+
+    Args:
+        x: a quantized input.
+        rows: brings it into that form, as `lower.DotForm.rows`.
+    """
     codes = rows(x.codes)
 
     def of_rows(a: Array) -> Array:
@@ -171,7 +222,7 @@ def _rows(x: Activation, rows: Callable[[Array], Array]) -> tuple[Array, Array, 
             return jnp.broadcast_to(a.reshape((1,) * codes.ndim), (*codes.shape[:-1], 1))
         return rows(a)
 
-    return codes, of_rows(x.scale), None if x.zero is None else of_rows(x.zero)
+    return Activation(codes, of_rows(x.scale), None if x.zero is None else of_rows(x.zero))
 
 
 def _matmul_of_activations(eqn: Any, inputs: list[Activation], spec: ActSpec) -> Callable[[], Array]:
@@ -199,16 +250,17 @@ def _matmul_of_activations(eqn: Any, inputs: list[Activation], spec: ActSpec) ->
     def of_columns(a: Array) -> Array:
         return jnp.broadcast_to(a.reshape((1,) * (len(stack) + 2)), (*stack, 1, n)) if a.size == 1 else y_columns(a)
 
-    def exact() -> Array:
+    def of_codes() -> Array:
         zero = None if y.zero is None else of_columns(y.zero).astype(jnp.int8)
         # Codes of fewer bits are kept one to a byte here: they live for one product.
-        plain = QuantSpec(FORMATS["int8"], PerChannel(), zero_point=zero is not None)
+        format = FORMATS["int8"] if spec.format.kind == "int" else spec.format
+        plain = QuantSpec(format, PerChannel(), zero_point=zero is not None)
         layout = Layout((((k, "k"),), ((n, "n"),)))
         columns = QTensor(y_columns(y.codes), Scales(of_columns(y.scale), zero), plain, layout, jnp.dtype("float32"))
-        product = integer_matmul(*_rows(x, x_rows), columns, out_dtype=out.dtype).reshape(out.shape)
-        return lower.placed(product, eqn)
+        product = _multiplied(eqn, rows_of(x, x_rows), columns, spec)
+        return lower.placed(product.reshape(out.shape), eqn)
 
-    return exact
+    return of_codes
 
 
 # --- Convolution and ragged dot: integers that float32 holds -------------------------------------------------------
@@ -258,7 +310,7 @@ def _conv(eqn: Any, values: list[Any], ref: Ref, operand: int, x: Activation, sp
     )
     out = eqn.outvars[0].aval
 
-    def exact() -> Array:
+    def of_codes() -> Array:
         q = pick_layer(*picked)
         most = _most(x, spec, q)
         codes, weight = x.centred(spec.format), _centred_weight(ref)
@@ -284,7 +336,7 @@ def _conv(eqn: Any, values: list[Any], ref: Ref, operand: int, x: Activation, sp
         rows = x.scale.reshape([x.scale.size if i == out_batch else 1 for i in range(len(out.shape))])
         return (acc * columns * rows).astype(out.dtype)
 
-    return exact
+    return of_codes
 
 
 def _ragged(eqn: Any, values: list[Any], ref: Ref, operand: int, x: Activation, spec: ActSpec) -> Any:
@@ -295,7 +347,7 @@ def _ragged(eqn: Any, values: list[Any], ref: Ref, operand: int, x: Activation, 
     (_, (w_axis,)), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
     sizes, out = values[2], eqn.outvars[0].aval
 
-    def exact() -> Array:
+    def of_codes() -> Array:
         q = pick_layer(*picked)
         most, k = _most(x, spec, q), q.layout.k
         codes, weight = x.centred(spec.format), _centred_weight(ref)
@@ -309,10 +361,10 @@ def _ragged(eqn: Any, values: list[Any], ref: Ref, operand: int, x: Activation, 
         columns = numerics.resolve_scales(scales)[:, 0][jnp.minimum(expert, sizes.size - 1)]  # (M, N or 1)
         return (acc.astype(jnp.float32) * columns * x.scale).astype(out.dtype)
 
-    return exact
+    return of_codes
 
 
-_INTEGER: dict[Any, Callable[..., Any]] = {
+_PRODUCTS: dict[Any, Callable[..., Any]] = {
     prims.dot_general_p: _dot,
     prims.conv_general_dilated_p: _conv,
     control_flow.ragged_dot_general_p: _ragged,

@@ -23,7 +23,7 @@ from jaxtyping import Array
 from pallas_kernels.joint_matmul import joint_matmul
 from passes.fuse import Fusion, packed_dots, packed_forms
 from passes.plan import Entry, Plan
-from passes.replay import Fused, as_float
+from passes.replay import Fused, Scope, as_float
 from passes.sites import Address, Input, Site, Sites
 from passes.trace import Program
 from passes.views import VIEWS
@@ -62,10 +62,10 @@ def plan_joints(program: Program, sites: Sites, plan: Plan, fusions: Sequence[Fu
     found = []
     for body, jaxpr, dots in packed_dots(program, sites, plan):
         groups: dict[Any, list[int]] = {}
-        for i, (site, entry) in dots.items():
-            if (*body, i) not in taken and isinstance(site.input, Input):
-                groups.setdefault(_alike(jaxpr.eqns[i], site, site.input, entry), []).append(i)
-        joints = (_joint(body, jaxpr.eqns, {i: dots[i][0] for i in sorted(group)}) for group in groups.values())
+        for i, dot in dots.items():
+            if (*body, i) not in taken and dot.quantized is None and isinstance(dot.site.input, Input):
+                groups.setdefault(_alike(jaxpr.eqns[i], dot.site, dot.site.input, dot.entry), []).append(i)
+        joints = (_joint(body, jaxpr.eqns, {i: dots[i].site for i in sorted(group)}) for group in groups.values())
         found += sorted((joint for joint in joints if joint is not None), key=lambda joint: joint.dots)
     return tuple(found)
 
@@ -114,7 +114,7 @@ def _joint(body: Address, eqns: Sequence[Any], sites: dict[int, Site]) -> Joint 
 def joined(joint: Joint) -> Fused:
     """What `passes.replay` does in place of the dots of a joint."""
 
-    def rule(eqns: Sequence[Any], read: Any) -> list[Array] | None:
+    def rule(eqns: Sequence[Any], read: Any, scope: Scope) -> list[Array] | None:
         dots = [eqns[i] for i in joint.dots]
         forms = packed_forms(dots, joint.operands, read)
         if forms is None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels.activations import ActSpec
-from pallas_kernels.formats import PerGroup, QuantSpec
+from pallas_kernels.formats import QuantSpec
 from pallas_kernels.qtensor import Layout, packed_nbytes
 from passes.sites import Address, Fold, Site, Sites, Unweighted
 
@@ -119,7 +119,7 @@ class Rule:
         )
 
 
-Product = Literal["integer", "float"]
+Product = Literal["integer", "fp8", "float"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +149,9 @@ class QuantizedSite:
         weight: the operand that is the parameter; None where both are activations.
         spec: how the inputs are quantized.
         inputs: one, or both of a matmul of activations.
-        product: "integer": codes are multiplied and added up as integers. "float": the quantized values are multiplied
-            as floats, where weights are no integers, or share no scale along what a convolution contracts.
+        product: "integer": codes are multiplied and added up as integers. "fp8": codes are multiplied as 8-bit floats
+            and added up in float32. "float": the quantized values are multiplied as floats, where the two formats are
+            not of one kind, or weights share no scale along what is contracted by a convolution or by 8-bit floats.
         loops: the scans around it that run over layers: its range has an entry for each of their steps.
     """
 
@@ -374,6 +375,19 @@ def _decide(shape: tuple[int, ...], sites: list[Site], uses: list[str], rank: in
     return layout, "; ".join(notes)
 
 
+def _product(weights: QuantSpec, inputs: ActSpec, layout: Layout, op: str) -> tuple[Product, str]:
+    """How the codes of a weight and of its input are multiplied, and why as floats if so."""
+    kinds = {weights.format.kind, inputs.format.kind}
+    grouped = weights.group_size(layout.k) < layout.k
+    if len(kinds) > 1 or "codebook" in kinds:
+        return "float", f"{weights.format} times {inputs.format}"
+    if kinds == {"float"} and op != "dot":
+        return "float", f"a '{op}' of 8-bit floats"
+    if grouped and (op != "dot" or kinds == {"float"}):
+        return "float", f"scales change along what the '{op}' contracts"
+    return ("integer" if kinds == {"int"} else "fp8"), ""
+
+
 def make_plan(sites: Sites, rules: Sequence[Rule], *, strict: bool = True) -> Plan:
     """Decides for every parameter.
 
@@ -515,8 +529,8 @@ class _Planner:
         done, notes = self.inputs(entry.name, rule, layout, own) if rule.activations else ([], [])
         self.quantized += done
         only_taken = all(s.op == "take" for s in own)
-        # integer dots on CPU and Hopper read a column of the weight at a time
-        whole = done and spec.format.bits == 8 and not isinstance(spec.granularity, PerGroup)
+        # 8-bit dots on CPU and Hopper read a column of the weight at a time
+        whole = done and spec.format.bits == 8 and spec.group_size(layout.k) == layout.k
         order: Literal["kn", "nk"] = "nk" if only_taken or whole else "kn"
         reason = "; ".join(filter(None, [reason, *notes]))
         activations = rule.activations if done else None
@@ -544,15 +558,9 @@ class _Planner:
                         f"quantized: {why}. Put Rule({name!r}, weights=...) without activations before it."
                     )
                 continue
-            integers = weights.format.kind == "int" and spec.format.kind == "int"
-            grouped = isinstance(weights.granularity, PerGroup) and weights.granularity.size < layout.k
-            product: Product = "integer"
-            if not integers:
-                product = "float"
-                notes.append(f"float product: {weights.format} times {spec.format}")
-            elif grouped and site.op in ("conv", "ragged"):
-                product = "float"
-                notes.append(f"float product: scales change along what the '{site.op}' contracts")
+            product, reason = _product(weights, spec, layout, site.op)
+            if reason:
+                notes.append(f"float product: {reason}")
             entering = QuantizedInput(site.input.operand, site.input.flow, site.input.axes, None)
             done.append(
                 QuantizedSite(
@@ -591,7 +599,7 @@ class _Planner:
             return what, f"{matmul.reason}; {inputs}"
         self.applied[index] += 1
         entering = tuple(QuantizedInput(i.operand, i.flow, i.axes, None) for i in inputs)
-        product: Product = "integer" if spec.format.kind == "int" else "float"
+        product: Product = "integer" if spec.format.kind == "int" else "fp8"
         self.quantized.append(
             QuantizedSite(matmul.name, matmul.address, None, spec, entering, product, self.loops(matmul.address))
         )

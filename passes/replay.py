@@ -186,7 +186,8 @@ class Fused:
     Attributes:
         body: address of the body.
         equations: their numbers, ascending; each has one result.
-        rule: `rule(equations of the body, value of an atom)` -> those results, or None to have each run by itself.
+        rule: `rule(equations of the body, value of an atom, scope)` -> those results, or None to have each run by
+            itself.
         place: number of the one in whose place it is.
         reads: numbers of other equations, before it, whose operands the rule reads.
         before: numbers of other equations, after it, that are run before the rule.
@@ -194,7 +195,7 @@ class Fused:
 
     body: Address
     equations: tuple[int, ...]
-    rule: Callable[[Sequence[Any], Callable[[Any], Any]], Sequence[Any] | None]
+    rule: Callable[[Sequence[Any], Callable[[Any], Any], Scope], Sequence[Any] | None]
     place: int
     reads: tuple[int, ...] = ()
     before: tuple[int, ...] = ()
@@ -276,7 +277,7 @@ class _Replayer:
                     if number not in done:
                         run(number)
                         done.add(number)
-                results = fused.rule(jaxpr.eqns, read)
+                results = fused.rule(jaxpr.eqns, read, self.scope)
                 if results is not None:
                     given = [jaxpr.eqns[number].outvars[0] for number in fused.equations if number >= i]
                     env.update(zip(given, results, strict=True))
@@ -381,7 +382,7 @@ class _Replayer:
 
 
 def _of_attention(found: attention.Attention) -> Fused:
-    def rule(eqns: Sequence[Any], read: Callable[[Any], Any]) -> list[Any] | None:
+    def rule(eqns: Sequence[Any], read: Callable[[Any], Any], scope: Scope) -> list[Any] | None:
         out = found.run(eqns, read)
         return None if out is None else [out]
 
@@ -407,7 +408,7 @@ def replay(
         rules: primitive -> rule; see `passes.lower.RULES`.
         folds: results of parameter-only expressions to use instead of computing them.
         at: address of an equation -> what to do there instead.
-        fused: equations that are carried out together; `at` has none of them.
+        fused: equations that are carried out together; where that gives None, `at` may say what each of them does.
         caches: what is decided about packed state.
 
     Returns:

@@ -211,8 +211,8 @@ def run_call(call: Call, recipe: Recipe, ranges: CallRanges) -> tuple[Any, CallR
         enabled = ranges.step >= recipe.schedule.start
         frozen = False if recipe.schedule.freeze is None else ranges.step >= recipe.schedule.freeze
 
-    # A weight whose product is one of integers is needed as codes in training too.
-    by_codes = {site.address for site in plan.sites if site.product == "integer" and site.weight is not None}
+    # A weight whose product is one of codes is needed as codes in training too.
+    by_codes = {site.address for site in plan.sites if site.product != "float" and site.weight is not None}
     coded = {site.source for site in compiled.sites.sites if site.address in by_codes}
 
     def simulated(w: Any, entry: Entry) -> tuple[Any, QTensor | None]:
@@ -242,12 +242,14 @@ def run_call(call: Call, recipe: Recipe, ranges: CallRanges) -> tuple[Any, CallR
         site.address: integer.quantized(site, ranges.known, tap=ranges.update and not packed, enabled=enabled)
         for site in plan.sites
     }
+    own = at
     if call.rewrite is not None:
         values, at = call.rewrite(compiled, values, at)
     statistics: dict[str, Any] = {}
     if folds or at or any(isinstance(v, QTensor | Absorbed | QCache) for v in values):
         caches = plan.caches or NO_CACHES
-        fused = [carried_out(f) for f in plan.fusions if not any((*f.body, dot) in at for dot in f.dots)]
+        kept = (f for f in plan.fusions if all(at.get(address) is own.get(address) for address in f.multiplying))
+        fused = [carried_out(f, ranges.known) for f in kept]
         fused += [joined(j) for j in plan.joints if not any((*j.body, dot) in at for dot in j.dots)]
         how: dict[str, Any] = {"rules": lower.RULES, "folds": folds, "at": at, "fused": fused, "caches": caches}
         out, statistics = replay(compiled.program, values, **how)

@@ -206,13 +206,15 @@ RECIPES: dict[str, tuple[Rule, ...]] = {
     # On the language model of scripts/bench_quality.py gated products are at 7 to 27 and all other inputs below 3.5.
     "w8a8_static": (Rule("**", int8(), static(dynamic_above=5)),),
     "w4a8": (Rule("**", int4(), dynamic(zero_point=True)),),
+    "w8a8_fp8": (Rule("**", fp8_e4m3(), dynamic("fp8_e4m3")),),
     "w8a8_qat": (Rule("**", _training("int8"), dynamic(zero_point=True)),),
     "w8a8_static_qat": (Rule("**", _training("int8"), static(observer=MovingAverage())),),
     "w4a8_qat": (Rule("**", _training("int4"), dynamic(zero_point=True)),),
+    "w8a8_fp8_qat": (Rule("**", _training("fp8_e4m3"), dynamic("fp8_e4m3")),),
 }
-"""Recipes by name: every format for all weights; `w8a8` and `w4a8` with activations quantized per token, `w8a8_static`
-by calibrated ranges, but for inputs that one range does not serve; and each with `_qat`: with a scale rule cheap enough
-for training."""
+"""Recipes by name: every format for all weights; `w8a8` and `w4a8` with activations quantized per token, `w8a8_fp8`
+too, with 8-bit floats for both, `w8a8_static` by calibrated ranges, but for inputs that one range does not serve; and
+each with `_qat`: with a scale rule cheap enough for training."""
 
 
 def as_recipe(recipe: Any, *, strict: bool = True) -> Recipe:

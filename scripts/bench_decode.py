@@ -1,4 +1,4 @@
-"""A decoder of the shape of Llama 3 8B on one GPU: tokens a second, in bfloat16, int4 and with int8 activations.
+"""A decoder of the shape of Llama 3 8B on one GPU: tokens a second, in bfloat16, int4, and with int8 and fp8 inputs.
 
 `measure` times, for one kind of weights, the reading of a prompt of 2048 tokens and the tokens after it, for one
 sequence and for 16 at once; `exported` writes an int4 model of a few layers with `qjax.export`, loads it again, and
@@ -47,6 +47,7 @@ RECIPES: dict[str, list[qjax.Rule] | None] = {
     "int4 g128": [qjax.Rule("**", qjax.int4(group=128, scale=SCALE))],
     "bfloat16": None,
     "w8a8": [qjax.Rule("**", qjax.int8(scale=SCALE), qjax.dynamic(zero_point=True))],
+    "w8a8 fp8": [qjax.Rule("**", qjax.fp8_e4m3(scale=SCALE), qjax.dynamic("fp8_e4m3"))],
 }
 PROMPT, ROOM = 2048, 256  # tokens
 STEPS, ROUNDS = 32, 3

@@ -67,7 +67,7 @@ def weights(name: str, spec: qjax.QuantSpec, goal: float | None, **peer: Any) ->
     return Case(name, (qjax.Rule("**", spec),), qwix.QuantizationRule(**peer), goal)
 
 
-(W8A8,), (W4A8,), (STATIC,) = (qjax.RECIPES[name] for name in ("w8a8", "w4a8", "w8a8_static"))
+(W8A8,), (W4A8,), (FP8,), (STATIC,) = (qjax.RECIPES[name] for name in ("w8a8", "w4a8", "w8a8_fp8", "w8a8_static"))
 ATTENTION = qjax.Rule("matmul:*", activations=qjax.dynamic())
 ALL_STATIC = dataclasses.replace(STATIC, activations=qjax.static())
 CASES = (
@@ -90,6 +90,7 @@ CASES = (
     ),
     Case("w4a8 g64 dynamic", (W4A8,), None, 1.2, "int4 g64"),
     Case("w8a8 dynamic", (W8A8,), None, None),
+    Case("w8a8 fp8 dynamic", (FP8,), None, None, "w8a8 dynamic"),
     Case("w8a8 static", (STATIC,), None, 3.0, "w8a8 dynamic"),
     Case("w8a8 static, every input", (ALL_STATIC,), None, None, "w8a8 dynamic"),
 )
@@ -230,7 +231,8 @@ def main() -> None:
         "embedding float; qjax would quantize it, so the table keeps it out by a rule.)",
         "KL is KL(float || quantized), the mean per position; its ratio is qjax over qwix, or over the row "
         "that is named.",
-        "w8a8, w4a8: inputs of the matmuls in int8. Dynamic: a scale for each token, in qjax with a zero point (its "
+        "w8a8, w4a8: inputs of the matmuls in int8; fp8: inputs and weights in e4m3, with no peer here. "
+        "Dynamic: a scale for each token, in qjax with a zero point for integers (its "
         "recipe), in qwix symmetric (its default). Static: a range for each input, calibrated on 8 batches of training "
         "text; an input for which one range has more than 5 times the squared error of a scale for each token stays "
         "dynamic. 'attention too': the products of scores and values are quantized as well, as qwix does by default.",

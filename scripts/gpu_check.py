@@ -15,6 +15,8 @@ after each task, in one step.
 * `sweep`: one such product in the tiles that `default_blocks` likes best. The fastest ones make a table,
   `blocks_gpu.json`, that can replace the one of `pallas_kernels`.
 * `attention`, `experts`, `time_attention`: `scripts/gpu_check_attention.py`.
+* `fp8`, `time_fp8`: `scripts/gpu_check_fp8.py`.
+* `fused`, `time_mlp`: `scripts/gpu_check_fused.py`.
 * `model`, `exported`: a decoder of the shape of Llama 3 8B (`scripts/bench_decode.py`): tokens a second, and whether an
   exported one says the same. Three tenths of the time are kept for it, and each has a process of its own: what that
   took of memory is in the result.
@@ -30,6 +32,7 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import queue
@@ -218,24 +221,31 @@ def copy(dry: bool) -> dict[str, float]:
     return {"bytes_per_second": 8 * size / seconds}
 
 
-def product(kernel: str, dry: bool) -> Callable[..., Any]:
-    """`matmul` of a kernel as a function of x, the weight, the layer, and tiles."""
+def refuse(reason: str | None) -> None:
+    """What a kernel has against a product, as an error."""
+    if reason is not None:
+        raise RuntimeError(f"the kernel does not take this: {reason}")
+
+
+def runs(kernel: str, dry: bool) -> bool:
+    """Whether the kernel runs, or is interpreted, here; else a dry run has the reference in its place."""
     import jax
 
+    return not (dry and kernel == "mosaic" and jax.__version_info__ < (0, 11))
+
+
+def product(kernel: str, dry: bool) -> Callable[..., Any]:
+    """`matmul` of a kernel as a function of x, the weight, the layer, and tiles."""
     from pallas_kernels import matmul_mosaic_gpu, matmul_reference, matmul_triton
 
     options: dict[str, Any] = {"casts": (), "precision": None, "preferred_element_type": None, "transpose": False}
     module = {"mosaic": matmul_mosaic_gpu, "triton": matmul_triton}[kernel]
 
     def run(x: Any, w: Any, layer: Any, blocks: Any = None) -> Any:
-        reason = module.unsupported(x, w, (), x.dtype)
-        if reason is not None:
-            raise RuntimeError(f"the kernel does not take this: {reason}")
-        if not dry:
-            return module.matmul(x, w, layer=layer, blocks=blocks, **options)
-        if kernel == "mosaic" and jax.__version_info__ < (0, 11):  # which does not interpret it
+        refuse(module.unsupported(x, w, (), x.dtype))
+        if not runs(kernel, dry):
             return matmul_reference.matmul(x, w, layer=layer, **options)
-        return module.matmul(x, w, layer=layer, blocks=blocks, interpret=True, **options)
+        return module.matmul(x, w, layer=layer, blocks=blocks, interpret=dry, **options)
 
     return run
 
@@ -345,13 +355,14 @@ def program(dry: bool, **fields: Any) -> dict[str, Any]:
     widths = (case.n, 64, 192) if case.what == "joint" else (case.n,) * (epilogue.products if epilogue else 1)
     weights, x = [packed(n) for n in widths], normal(case.m, case.n if transpose else case.k)
     others = [normal(1, 1, case.n), normal(1, case.m, case.n)] if case.what == "bias, residual" else []
-    interpreted = dry and not (case.kernel == "mosaic" and jax.__version_info__ < (0, 11))
     module: Any = {"mosaic": matmul_mosaic_gpu, "triton": matmul_triton}[case.kernel]
     how: dict[str, Any] = {"casts": (), "precision": None, "preferred_element_type": f32}
-    if dry and not interpreted:
+    refuse(module.unsupported(x, weights[0], (), f32, transpose=transpose))
+    refuse(module.unsupported_epilogue(epilogue) if epilogue else None)
+    if runs(case.kernel, dry):
+        how["interpret"] = dry
+    else:
         module = matmul_gpu  # which computes the same without a kernel
-    elif dry:
-        how["interpret"] = True
 
     @jax.jit
     def run(x: Any, weights: Any, others: Any) -> list[Any]:
@@ -362,11 +373,6 @@ def program(dry: bool, **fields: Any) -> dict[str, Any]:
             return module.joint_matmul(x, weights, layers=[None] * len(weights), **how)
         return [module.matmul(x, w, layer=None, transpose=transpose, **how) for w in weights]
 
-    if module is not matmul_gpu:
-        reason = module.unsupported(x, weights[0], (), f32, transpose=transpose)
-        reason = reason or (module.unsupported_epilogue(epilogue) if epilogue else None)
-        if reason is not None:
-            raise RuntimeError(f"the kernel does not take this: {reason}")
     got, again = ([np.asarray(a, np.float64) for a in run(x, weights, others)] for _ in range(2))
     exact, matrices = np.asarray(x, np.float64), [np.asarray(w.dequantize(), np.float64) for w in weights]
     matrices = [a.T for a in matrices] if transpose else matrices
@@ -463,6 +469,7 @@ def random_weight(format: str, group: int | None, k: int, n: int, copies: int) -
 
 
 def copies_of(k: int, n: int, bits: int) -> int:
+    """How many weights of this size are several times as large as the cache."""
     return max(2, min(16, round(3 * CACHE / (k * n * bits / 8))))
 
 
@@ -488,6 +495,7 @@ def medians(programs: dict[str, Callable[[], Any]], dry: bool) -> dict[str, floa
 
 
 def small(k: int, n: int, m: int, dry: bool) -> tuple[int, int, int]:
+    """These sizes, or small ones in a dry run."""
     return (128, 64, min(m, 16)) if dry else (k, n, m)
 
 
@@ -579,18 +587,14 @@ def sweep(dry: bool, k: int, n: int, m: int, weight: str, most: int) -> dict[str
 
 def integer_product(kernel: str, dry: bool) -> Callable[..., Any]:
     """`matmul` of a kernel of `integer_matmul`, as a function."""
-    import jax
-
     from pallas_kernels import integer_matmul_mosaic_gpu, integer_matmul_triton
     from pallas_kernels.integer_matmul import matmul_reference
 
     module = {"mosaic": integer_matmul_mosaic_gpu, "triton": integer_matmul_triton}[kernel]
 
     def run(x: Any, scale: Any, zero: Any, w: Any, layer: Any, dtype: str) -> Any:
-        reason = module.unsupported(x, w, dtype)
-        if reason is not None:
-            raise RuntimeError(f"the kernel does not take this: {reason}")
-        if dry and kernel == "mosaic" and jax.__version_info__ < (0, 11):  # which does not interpret it
+        refuse(module.unsupported(x, w, dtype))
+        if not runs(kernel, dry):
             return matmul_reference(x, scale, zero, w, layer=layer, out_dtype=dtype)
         return module.matmul(x, scale, zero, w, layer=layer, out_dtype=dtype, interpret=dry)
 
@@ -721,6 +725,34 @@ def time_attention(dry: bool, filled: int) -> dict[str, Any]:
     return gpu_check_attention.time_attention(dry, filled, medians)
 
 
+def fp8(dry: bool, **fields: Any) -> dict[str, Any]:
+    """Errors of a product of 8-bit floats: `gpu_check_fp8.fp8`."""
+    import gpu_check_fp8
+
+    return gpu_check_fp8.fp8(dry, **fields)
+
+
+def time_fp8(dry: bool, k: int, n: int, m: int) -> dict[str, Any]:
+    """Seconds of a product of 8-bit floats: `gpu_check_fp8.time_fp8`."""
+    import gpu_check_fp8
+
+    return gpu_check_fp8.time_fp8(dry, *small(k, n, m, dry), medians, copies_of)
+
+
+def fused(dry: bool, **fields: Any) -> dict[str, Any]:
+    """Errors of a product of integers with an epilogue: `gpu_check_fused.fused`."""
+    import gpu_check_fused
+
+    return gpu_check_fused.fused(dry, refuse, runs, **fields)
+
+
+def time_mlp(dry: bool, k: int, n: int, m: int) -> dict[str, Any]:
+    """Seconds of an MLP with static ranges: `gpu_check_fused.time_mlp`."""
+    import gpu_check_fused
+
+    return gpu_check_fused.time_mlp(dry, *small(k, n, m, dry), medians, random_weight)
+
+
 def model(dry: bool, recipe: str, seconds: float) -> dict[str, Any]:
     """Tokens a second of a whole model: `bench_decode.measure`."""
     import bench_decode
@@ -749,6 +781,10 @@ DO: dict[str, Callable[..., dict[str, Any]]] = {
     "attention": attention,
     "experts": experts,
     "time_attention": time_attention,
+    "fp8": fp8,
+    "time_fp8": time_fp8,
+    "fused": fused,
+    "time_mlp": time_mlp,
     "model": model,
     "exported": exported,
 }
@@ -765,7 +801,11 @@ def tasks_of() -> list[dict[str, Any]]:
     found.append(("copy", 60, {}))
     both = list(WEIGHTS)
     import gpu_check_attention as attending
+    from gpu_check_fp8 import FP8_CHECKS
+    from gpu_check_fused import FUSED_CHECKS
 
+    of_fused = [("fused", 60, dataclasses.asdict(case)) for case in FUSED_CHECKS]
+    of_fp8 = [("fp8", 60, dataclasses.asdict(case)) for case in FP8_CHECKS]
     of_attention, of_experts = (
         [(do, 60, dataclasses.asdict(case)) for case in cases]
         for do, cases in (("attention", attending.ATTENTION_CHECKS), ("experts", attending.EXPERT_CHECKS))
@@ -783,6 +823,12 @@ def tasks_of() -> list[dict[str, Any]]:
                 k, n = WIDTHS[name]
                 found.append(("time_integers", 90, {"k": k, "n": n, "m": m}))
 
+    def timed_fp8(names: Sequence[str], rows: Sequence[int]) -> None:
+        for m in rows:
+            for name in names:
+                k, n = WIDTHS[name]
+                found.append(("time_fp8", 90, {"k": k, "n": n, "m": m}))
+
     def swept(names: Sequence[str], rows: Sequence[int], most: int) -> None:
         for m in rows:
             for name in names:
@@ -793,7 +839,10 @@ def tasks_of() -> list[dict[str, Any]]:
     found += [("check", 60, dataclasses.asdict(case)) for case in CHECKS[5:]]
     found += [("integers", 60, dataclasses.asdict(case)) for case in INTEGER_CHECKS[:5]]
     timed_integers(["8B gate, up", "8B out"], (2048, 16))
+    found += of_fp8[:5]
+    timed_fp8(["8B gate, up", "8B out"], (2048, 16))
     found += [("program", 60, dataclasses.asdict(case)) for case in PROGRAMS[:6]]
+    found += [*of_fused[:4], *(("time_mlp", 90, {"k": 4096, "n": 14336, "m": m}) for m in (2048, 16))]
     for m in (16, 1, 2048):
         found += [("time_program", 90, {"what": what, "k": 4096, "n": 14336, "m": m}) for what in TIMED]
     found += [*of_attention[:3], *of_experts[:1]]
@@ -806,12 +855,17 @@ def tasks_of() -> list[dict[str, Any]]:
     swept(["70B down", "8B gate, up"], (16, 256, 2048), 6)
     found += [("integers", 60, dataclasses.asdict(case)) for case in INTEGER_CHECKS[5:]]
     timed_integers(["8B down", "8B qkv"], (2048, 16))
+    found += [*of_fp8[5:], *of_fused[4:]]
+    timed_fp8(["8B down", "8B qkv"], (2048, 16))
     timed_integers(["8B gate, up", "8B out", "8B down", "8B qkv"], (8192, 1, 256))
+    timed_fp8(["8B gate, up", "8B out", "8B down", "8B qkv"], (8192, 1, 256))
     timed(["8B out", "70B gate, up", "70B qkv", "8B qkv"], (1, 16, 2048))
     timed(["70B down", "8B down"], (64, 256, 8192, 4))
     swept(["8B out", "8B down", "70B gate, up"], (16, 256, 2048), 5)
     timed(["8B out", "70B gate, up", "70B qkv", "8B qkv"], (64, 256, 4, 8192))
-    found += [("model", 90, {"recipe": recipe, "seconds": 40.0}) for recipe in ("int4 g128", "bfloat16", "w8a8")]
+    found += [
+        ("model", 90, {"recipe": recipe, "seconds": 40.0}) for recipe in ("int4 g128", "bfloat16", "w8a8", "w8a8 fp8")
+    ]
     found.append(("exported", 90, {}))
     return [{"id": i, "do": do, "limit": limit, "options": options} for i, (do, limit, options) in enumerate(found)]
 
@@ -825,7 +879,7 @@ def run_all(out: Path, seconds: float, dry: bool) -> dict[str, Any]:
     tasks = tasks_of()
     if dry:  # one of each kind, and all checks
         kinds: dict[str, Any] = {}
-        checks = ("check", "integers", "program", "attention", "experts")
+        checks = ("check", "integers", "program", "attention", "experts", "fp8", "fused")
         tasks = [task for task in tasks if task["do"] in checks or kinds.setdefault(task["do"], task) is task]
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     record: dict[str, Any] = {"date": date, "dry": dry, "results": [], "left_out": len(tasks)}
@@ -912,7 +966,7 @@ def summary(entry: dict[str, Any]) -> str:
     what = " ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False))
     if "error" in result:
         return f"{entry['do']} {what}: {result['error']}"
-    if entry["do"] in ("check", "program", "attention", "experts"):
+    if entry["do"] in ("check", "program", "attention", "experts", "fp8", "fused"):
         word = "right" if result["right"] else "WRONG"
         return f"{word} ({result['relative'] / result['eps']:.2f} eps, same again: {result['same_again']}) {what}"
     if entry["do"] == "integers":
@@ -924,7 +978,7 @@ def summary(entry: dict[str, Any]) -> str:
     if entry["do"] == "time_attention":
         times = ", ".join(f"{name} {1e6 * s:.1f} us" for name, s in result["seconds"].items())
         return f"attention on {result['filled']} of {result['t']} positions: {times} {result['errors'] or ''}"
-    if entry["do"] in ("time", "time_integers"):
+    if entry["do"] in ("time", "time_integers", "time_fp8", "time_mlp"):
         times = ", ".join(f"{name} {1e6 * s:.1f} us" for name, s in result["seconds"].items())
         return f"{result['m']} x {result['k']} x {result['n']}: {times} {result['errors'] or ''}"
     if entry["do"] == "sweep":
@@ -952,6 +1006,7 @@ def write(record: dict[str, Any], out: Path) -> None:
 
 
 def results(record: dict[str, Any], do: str) -> list[dict[str, Any]]:
+    """Those of one kind of task that did not fail."""
     return [entry for entry in record["results"] if entry["do"] == do and "error" not in entry["result"]]
 
 
@@ -1061,9 +1116,12 @@ def page(record: dict[str, Any]) -> str:
         cells = (row["m"], f"{row['k']} x {row['n']}", row["weight"], f"{1e6 * r['best']:.1f}", tiles, default)
         lines.append("| " + " | ".join(map(str, (*cells, len(r["seconds"])))) + " |")
     import gpu_check_attention
+    import gpu_check_fp8
+    import gpu_check_fused
 
-    attending = gpu_check_attention.page(functools.partial(results, record))
-    return "\n".join([*lines, *_integers(record), *attending, *_models(record)]) + "\n"
+    parts = (gpu_check_fused, gpu_check_fp8, gpu_check_attention)
+    others = itertools.chain(*(part.page(functools.partial(results, record)) for part in parts))
+    return "\n".join([*lines, *_integers(record), *others, *_models(record)]) + "\n"
 
 
 def _integers(record: dict[str, Any]) -> list[str]:
@@ -1146,7 +1204,7 @@ def summarized(record: dict[str, Any], text: str) -> str:
     if any(text.count(mark) != 1 for mark in MARKS):
         raise ValueError(f"gpu_check: the README must have {MARKS[0]!r} and {MARKS[1]!r}, once each.")
     about, rows = infos[0]["result"], sorted({entry["result"]["m"] for entry in timed})
-    kinds = ("check", "program", "attention", "experts")
+    kinds = ("check", "program", "attention", "experts", "fp8", "fused")
     checks = [entry for kind in kinds for entry in results(record, kind)]
     wrong = [entry for entry in checks if not entry["result"]["right"]]
     lines = [

@@ -6,7 +6,7 @@ nor CUDA toolkit:
     compiled = compile(f, jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16), ..., chip="h100")
     compiled.as_text()  # optimized HLO
     compiled, kernels = compile_counted(f, ..., chip="h100")  # registers, spills, instructions of Mosaic GPU kernels
-    compiled, kernels = compile_triton_counted(f, ..., chip="h100")  # registers and spills of Triton's
+    compiled, kernels = compile_triton_counted(f, ..., chip="h100")  # the same of Triton's
 
 Instructions are counted where `nvdisasm` is installed (pip install nvidia-cuda-nvdisasm). Nothing runs, so nothing here
 says how long a program takes. XLA chooses its own kernels by timing them, so what it makes of ordinary operations here
@@ -49,10 +49,12 @@ from pallas_kernels import (
     matmul_mosaic_gpu,
     matmul_triton,
 )
+from pallas_kernels.activations import Activation, ActSpec, MinMax
 from pallas_kernels.cache_attention import AttentionSpec, Dot, cache_attention
 from pallas_kernels.epilogue import Epilogue, Step
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
 from pallas_kernels.kv_cache import CacheSpec
+from pallas_kernels.mosaic_gpu import whole_rows
 from pallas_kernels.qtensor import Layout, QTensor, quantize
 from pallas_kernels.ragged_matmul import quantized_ragged_matmul
 
@@ -134,7 +136,7 @@ _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What a Mosaic GPU kernel was compiled to.
+    """What a kernel was compiled to.
 
     Attributes:
         name: of the function in the machine code.
@@ -142,15 +144,15 @@ class Kernel:
         spilled: bytes of registers that are stored to memory.
         serialized: whether the compiler waits after each `wgmma`, for want of registers or because it was misled.
         loop: instructions of the innermost loop that multiplies; None without `nvdisasm`.
-        products: `wgmma` among them.
+        products: those that multiply among them, such as `wgmma`.
     """
 
     name: str
     registers: int
     spilled: int
     serialized: bool
-    loop: int | None
-    products: int | None
+    loop: int | None = None
+    products: int | None = None
 
 
 def available() -> bool:
@@ -223,7 +225,9 @@ def compile_counted(
         text = file.read()
     reports = re.split(r"(?=^ptxas info +: 0 bytes gmem)", text, flags=re.MULTILINE)
     serialized = ["serialized" in before for before in reports[:-1]]  # it is said before
-    return compiled, [_read(report, waits) for report, waits in zip(reports[1:], serialized, strict=True)]
+    return compiled, [
+        _counted(_read(report, waits), report) for report, waits in zip(reports[1:], serialized, strict=True)
+    ]
 
 
 def compile_triton_counted(
@@ -241,10 +245,27 @@ def compile_triton_counted(
                 continue
             command = [root / "bin" / "ptxas", f"-arch={target[1]}", "-v", file, "-o", file.with_suffix(".cubin")]
             report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+            code = _disassembled(file.with_suffix(".cubin"))
             for part in re.split(r"(?=^ptxas info +: Compiling entry function)", report, flags=re.MULTILINE)[1:]:
                 kernel = _read(part, False)
-                found[kernel.name] = kernel
+                found[kernel.name] = _counted(kernel, code.get(kernel.name, ""))
     return compiled, [*found.values()]
+
+
+def _disassembled(cubin: Path) -> dict[str, str]:
+    """The machine code of each function; of none without `nvdisasm`."""
+    if (root := _tools("nvdisasm")) is None:
+        return {}
+    text = subprocess.run([root / "bin" / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True).stdout
+    _, *parts = re.split(r"^\s*\.section\s+\.text\.(\w+)", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _counted(kernel: Kernel, code: str) -> Kernel:
+    """With the instructions of its innermost loop."""
+    loop = _loop(code)
+    products = sum("MMA" in instruction for instruction in loop) if loop else None
+    return dataclasses.replace(kernel, loop=len(loop) if loop else None, products=products)
 
 
 def _read(report: str, serialized: bool) -> Kernel:
@@ -255,19 +276,16 @@ def _read(report: str, serialized: bool) -> Kernel:
 
     name = re.search(r"entry function '(\w+)'", report)
     assert name is not None, report[:500]
-    loop = _loop(report)
     return Kernel(
         name=name[1],
         registers=number(r"Used (\d+) registers"),
         spilled=number(r"(\d+) bytes spill stores"),
         serialized=serialized,
-        loop=len(loop) if loop else None,
-        products=sum("GMMA" in instruction for instruction in loop) if loop else None,
     )
 
 
 def _loop(report: str) -> list[str] | None:
-    """The shortest stretch of machine code between a label and a jump back to it in which there is a `wgmma`."""
+    """The shortest stretch of machine code between a label and a jump back to it that multiplies."""
     code, labels, found = [], {}, None
     for line in report.splitlines():
         if label := re.match(r"\s*\.(L_\w+):", line):
@@ -278,7 +296,7 @@ def _loop(report: str) -> list[str] | None:
         jump = re.search(r"BRA.*\.(L_\w+)", instruction)
         if jump and labels.get(jump[1], end + 1) <= end:
             body = code[labels[jump[1]] : end + 1]
-            if any("GMMA" in one for one in body) and (found is None or len(body) < len(found)):
+            if any("MMA" in one for one in body) and (found is None or len(body) < len(found)):
                 found = body
     return found
 
@@ -415,6 +433,22 @@ FUSED = (
 )
 """Products with what follows them."""
 
+_QUANTIZED = ActSpec(FORMATS["int8"], MinMax(), "tensor", zero_point=True)
+INTEGER_EPILOGUES = {
+    **EPILOGUES,
+    "bias, codes": Epilogue(BF16, 1, 3, (Step(prims.add_p, (0, 1), (), BF16),), 4, _QUANTIZED),
+    "gated codes": Epilogue(BF16, 2, 2, (*_GATED[:1], *(
+        Step(prims.mul_p, operands, (), BF16) for operands in ((0, 4), (5, 1)))), 6, _QUANTIZED),
+}  # fmt: skip
+INTEGER_FUSED = (
+    *(("gated pair", Variant("int8", None, False, "bfloat16", m, 4096, 14336)) for m in (16, 2048)),
+    *(("gated codes", Variant("int8", None, False, "bfloat16", m, 4096, 14336)) for m in (16, 2048)),
+    ("gated codes", Variant("int4", 128, False, "bfloat16", 64, 4096, 14336)),
+    ("bias, codes", Variant("int8", None, False, "bfloat16", 256, 4096, 4096)),
+    ("bias, residual", Variant("int4", 128, True, "bfloat16", 64, 4096, 4096)),
+)
+"""Integer products with what follows them; codes of the next product's x."""
+
 JOINT = tuple((Variant("int4", 128, False, "bfloat16", m, 4096, 4096), (4096, 1024, 1024)) for m in (1, 16, 2048))
 """Products of one x with weights of several widths."""
 
@@ -518,6 +552,20 @@ def fused(kernel: Any, name: str, variant: Variant, order: Any) -> tuple[Callabl
     return run, (variant.x(), [variant.weight(order)] * epilogue.products, others)
 
 
+def fused_integers(kernel: Any, name: str, variant: Variant, order: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """`fused_matmul` of a module for integers, with one of `INTEGER_EPILOGUES`, and its operands."""
+    epilogue = INTEGER_EPILOGUES[name]
+    shapes = [(1, 1, variant.n), (1, variant.m, variant.n)] if name == "bias, residual" else [(1, 1, variant.n)]
+    others = [jax.ShapeDtypeStruct(shape, BF16) for shape in (shapes if epilogue.products == 1 else [])]
+    others += [jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)] * (epilogue.others - len(others))
+
+    def run(codes: Any, scale: Any, zero: Any, weights: Any, others: Any) -> Any:
+        x, layers = Activation(codes, scale, zero), [None] * len(weights)
+        return kernel.fused_matmul(x, weights, others, layers=layers, epilogue=epilogue)
+
+    return run, (*variant.codes(), [variant.weight(order)] * epilogue.products, others)
+
+
 def joint(variant: Variant, widths: tuple[int, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """`matmul_mosaic_gpu.joint_matmul`, and its operands: weights of these widths."""
     how = {key: OPTIONS[key] for key in OPTIONS if key != "transpose"}
@@ -535,63 +583,77 @@ def transposed(variant: Variant, order: Any) -> tuple[Callable[..., Any], tuple[
     return lambda x, w: matmul_triton.matmul(x, w, layer=None, **options), (x, variant.weight(order))
 
 
+TRITON = ("quantized_matmul", "integer_matmul", "fused_integer_matmul", "cache_attention", "quantized_ragged_matmul")
+"""Names of kernels in machine code; what XLA compiles by Triton has others."""
+
+
+def triton_programs() -> Iterator[tuple[str, tuple[Callable[..., Any], Any]]]:
+    """Names and programs, with their operands, each of one kernel for Triton on any chip."""
+    for variant in (*VARIANTS, *(variant for variant in CODES if FORMATS[variant.format].bits == 4)):
+        yield str(variant), (product(matmul_triton), (variant.x(), variant.weight("kn")))
+    for variant in TRANSPOSED:
+        yield f"{variant} transposed", transposed(variant, "kn")
+    for variant in INTEGER:
+        function = integer_product(integer_matmul_triton, variant.dtype)
+        yield f"{variant} integers", (function, (*variant.codes(), variant.weight("kn")))
+    for epilogue, variant in INTEGER_FUSED:
+        yield f"{variant} {epilogue}", fused_integers(integer_matmul_triton, epilogue, variant, "kn")
+    for row in ATTENTION:
+        yield str(row), row.program()
+    for variant in RAGGED:
+        yield f"{variant} experts", ragged(variant, "kn")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.parse_args()
     print(f"jax {jax.__version__}, jax-cuda13-plugin {importlib.metadata.version('jax-cuda13-plugin')}")
-    print("Mosaic GPU, sm_90a:", *("variant", "tiles", "registers", "spilled", "serialized", "instructions"), sep="  ")
+
+    def line(name: str, kernel: Kernel, *more: Any) -> None:
+        print(f"{name:60} {kernel.registers:4} {kernel.spilled:4} {kernel.serialized!s:6}", *more, flush=True)
+
+    def tiles(blocks: Any) -> str:
+        return f"{blocks.m}x{blocks.n}x{blocks.k}/{blocks.ways} x{blocks.stages} splits={blocks.splits}"
+
+    print("Mosaic GPU, sm_90a:", *("registers", "spilled", "serialized", "tiles", "instructions"), sep="  ")
     for variant in VARIANTS + CODES:
         _, (kernel,) = compile_counted(product(matmul_mosaic_gpu), variant.x(), variant.weight("nk"), chip="h100")
-        rows = variant.m * (2 if variant.dtype == "float32" else 1)
-        bits = FORMATS[variant.format].bits
-        blocks = matmul_mosaic_gpu.default_blocks(rows, variant.k, variant.n, bits, out_dtype=jnp.dtype(variant.dtype))
+        rows, form = variant.m * (2 if variant.dtype == "float32" else 1), FORMATS[variant.format]
+        how: dict[str, Any] = {"kind": form.kind, "out_dtype": jnp.dtype(variant.dtype)}
+        blocks = matmul_mosaic_gpu.default_blocks(rows, variant.k, variant.n, form.bits, **how)
         weights = 64 * blocks.k // blocks.ways
         each = f"{kernel.loop * 8192 / weights:.0f} for 64 x 128 weights" if kernel.loop else "not counted"
-        tiles = f"{blocks.m}x{blocks.n}x{blocks.k}/{blocks.ways} x{blocks.stages} splits={blocks.splits}"
-        print(
-            f"{variant!s:40} {tiles:30} {kernel.registers:4} {kernel.spilled:4} {kernel.serialized!s:6} {each}",
-            flush=True,
-        )
+        line(str(variant), kernel, tiles(blocks), each)
     for name, variant in FUSED:
         function, operands = fused(matmul_mosaic_gpu, name, variant, "nk")
         _, (kernel,) = compile_counted(function, *operands, chip="h100")
-        print(f"{name} {variant!s:40} {kernel.registers:4} {kernel.spilled:4} {kernel.serialized!s:6}", flush=True)
+        line(f"{variant} {name}", kernel)
     for variant, widths in JOINT:
         function, operands = joint(variant, widths)
         _, (kernel,) = compile_counted(function, *operands, chip="h100")
-        print(f"{widths} {variant!s:40} {kernel.registers:4} {kernel.spilled:4} {kernel.serialized!s:6}", flush=True)
-    print("Triton, sm_80:")
-    for variant in (*VARIANTS, *(variant for variant in CODES if FORMATS[variant.format].bits == 4)):
-        compile(product(matmul_triton), variant.x(), variant.weight("kn"), chip="a100")
-        print(f"{variant!s:40} compiles", flush=True)
+        line(f"{variant} {widths}", kernel)
     print("Integers, Mosaic GPU, sm_90a; with zero points of x:")
     for variant in INTEGER:
-        w, dtype = variant.weight("nk"), variant.dtype
-        function = integer_product(integer_matmul_mosaic_gpu, dtype)
+        w, function = variant.weight("nk"), integer_product(integer_matmul_mosaic_gpu, variant.dtype)
         _, (kernel,) = compile_counted(function, *variant.codes(), w, chip="h100")
-        rows = variant.m if variant.m <= 8 else -(-variant.m // 8) * 8
-        blocks = integer_matmul_mosaic_gpu.default_blocks(rows, w, ones=8)
-        each = f"{kernel.loop / kernel.products:.0f} for each of {kernel.products} wgmma" if kernel.products else ""
-        tiles = f"{blocks.m}x{blocks.n}x{blocks.k}/{blocks.ways} x{blocks.stages} splits={blocks.splits}"
-        print(
-            f"{variant!s:40} {tiles:30} {kernel.registers:4} {kernel.spilled:4} {kernel.serialized!s:6} {each}",
-            flush=True,
-        )
-    print("Integers, Triton, sm_80:")
-    for variant in INTEGER:
-        function = integer_product(integer_matmul_triton, variant.dtype)
-        compile(function, *variant.codes(), variant.weight("kn"), chip="a100")
-        print(f"{variant!s:40} compiles", flush=True)
-    programs = [(str(row), row.program()) for row in ATTENTION]
-    programs += [(f"{variant} experts", ragged(variant, "kn")) for variant in RAGGED]
+        blocks = integer_matmul_mosaic_gpu.default_blocks(whole_rows(variant.m), w, ones=8)
+        each = "not counted"
+        if kernel.loop and kernel.products:
+            each = f"{kernel.loop / kernel.products:.0f} for each of {kernel.products} wgmma"
+        line(str(variant), kernel, tiles(blocks), each)
+    for name, variant in INTEGER_FUSED:
+        if integer_matmul_mosaic_gpu.unsupported_epilogue(INTEGER_EPILOGUES[name], variant.weight("nk")) is None:
+            function, operands = fused_integers(integer_matmul_mosaic_gpu, name, variant, "nk")
+            _, (kernel,) = compile_counted(function, *operands, chip="h100")
+            line(f"{variant} {name}", kernel)
     for chip in CHIPS:
-        print(f"Attention on packed caches, and experts, Triton, {chip}: registers, spilled:")
-        for name, (function, operands) in programs:
+        print(f"Triton, {chip}:")
+        for name, (function, operands) in triton_programs():
             with blocks_gpu.target_chip(chip):
                 _, kernels = compile_triton_counted(function, *operands, chip=chip)
-            counted = [kernel for kernel in kernels if kernel.name in ("cache_attention", "quantized_ragged_matmul")]
-            numbers = f"{counted[0].registers:4} {counted[0].spilled:4}" if counted else "no ptxas"
-            print(f"{name:50} {numbers}", flush=True)
+            for kernel in kernels:  # none without `ptxas`
+                if kernel.name in TRITON:
+                    line(name, kernel, f"{kernel.loop} in the loop" if kernel.loop else "not counted")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ or the lowest integer: what leaks into a result shows.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -91,28 +92,31 @@ def packed(seed: int, format: str, zero_point: bool, *shape: int, dtype: Any = F
     return jax.jit(kv_cache.quantize, static_argnums=(1, 2))(array(seed, *shape, dtype=dtype), spec, -1)
 
 
-# How it is written; formats of keys and values, zero points; queries, positions, heads of q and of the cache, dim.
-CASES: list[tuple[Any, str, str, bool, int, int, int, int, int]] = [
-    (linen, "int8", "int8", False, 1, 300, 4, 4, 128),
-    (nnx_grouped, "int4", "int4", True, 3, 200, 2, 2, 64),
-    (of_jax, "int8", "int4", False, 2, 140, 6, 2, 128),
-    (grouped, "int8", "int8", True, 2, 300, 16, 8, 128),
-    (grouped, "int4", "int8", True, 3, 256, 4, 2, 64),
-    (keys_transposed, "int4", "int2", False, 1, 130, 2, 2, 128),
-]
+def check_a_program(
+    fn: Any,
+    of_keys: str,
+    of_values: str,
+    zero_point: bool,
+    queries: int,
+    t: int,
+    heads: int,
+    kv_heads: int,
+    d: int,
+) -> None:
+    """What the replay of a program in bfloat16 attends to, against float64.
 
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, (case[0].__name__, *case[1:]))))
-def test_the_kernel_attends_as_float64_does(case: Any, monkeypatch: pytest.MonkeyPatch):
-    """Through the replay, in tiles of 128 positions and of 2 rows of queries."""
-    fn, of_keys, of_values, zero_point, queries, t, heads, kv_heads, d = case
-    monkeypatch.setattr(cache_dot_tpu, "_TILE", 1)
-    monkeypatch.setattr(cache_dot_tpu, "_MOST_ROWS", 2)
-    monkeypatch.setattr(attention, "cache_attention", functools.partial(cache_attention_tpu.attention, interpret=True))
+    Args:
+        fn: how attention is written.
+        of_keys, of_values, zero_point: formats of the caches, and whether they have zero points.
+        queries: of each of two sequences; each sees a position more than the one before.
+        t: positions; the second sequence sees half of them.
+        heads, kv_heads: of q and of the caches.
+        d: values of a vector.
+    """
     keys = packed(1, of_keys, zero_point, 2, t, kv_heads, d, dtype=BF16)
     values = packed(2, of_values, zero_point, 2, t, kv_heads, d, dtype=BF16)
     q = array(3, 2, queries, heads, d, dtype=BF16)
-    last = np.asarray([[t - 1], [t // 2]]) - np.arange(queries)[::-1]  # each sequence and query sees up to its own
+    last = np.asarray([[t - 1], [t // 2]]) - np.arange(queries)[::-1]
     mask = np.arange(t) <= last[..., None]
     if fn is keys_transposed:
         mask[:] = True
@@ -126,6 +130,26 @@ def test_the_kernel_attends_as_float64_does(case: Any, monkeypatch: pytest.Monke
     bound = float(jnp.finfo(BF16).eps) * (size + np.abs(want)) + 1e-4 * size
     assert out.dtype == BF16
     np.testing.assert_array_less(np.abs(np.asarray(out, np.float64) - want), bound)
+
+
+# Arguments of `check_a_program`.
+CASES: list[tuple[Any, str, str, bool, int, int, int, int, int]] = [
+    (linen, "int8", "int8", False, 1, 300, 4, 4, 128),
+    (nnx_grouped, "int4", "int4", True, 3, 200, 2, 2, 64),
+    (of_jax, "int8", "int4", False, 2, 140, 6, 2, 128),
+    (grouped, "int8", "int8", True, 2, 300, 16, 8, 128),
+    (grouped, "int4", "int8", True, 3, 256, 4, 2, 64),
+    (keys_transposed, "int4", "int2", False, 1, 130, 2, 2, 128),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, (case[0].__name__, *case[1:]))))
+def test_the_kernel_attends_as_float64_does(case: Any, monkeypatch: pytest.MonkeyPatch):
+    """In tiles of 128 positions and of 2 rows of queries."""
+    monkeypatch.setattr(cache_dot_tpu, "_TILE", 1)
+    monkeypatch.setattr(cache_dot_tpu, "_MOST_ROWS", 2)
+    monkeypatch.setattr(attention, "cache_attention", functools.partial(cache_attention_tpu.attention, interpret=True))
+    check_a_program(*case)
 
 
 # --- Edges -------------------------------------------------------------------------------------------------------
@@ -155,6 +179,27 @@ def test_positions_that_nothing_was_written_to_do_not_matter(fill: float, monkey
     # where nothing is seen, a softmax of equal numbers has equal weights, and one of -inf is NaN
     nothing = value(cache).mean(axis=1) if fill > -np.inf else np.full((1, 4, 128), np.nan)
     np.testing.assert_allclose(out[:, :, 2], nothing, rtol=1e-4, atol=1e-5)
+
+
+def check_layers(attend: Callable[..., jax.Array], spec: AttentionSpec) -> None:
+    """A negative index counts from the end, one beyond the stack is that of its last layer; no other layer is read."""
+    layers, read = (-2, 9), (1, 2)
+    keys, values = packed(4, "int4", True, 3, 1, 50, 2, 64), packed(5, "int8", False, 3, 1, 50, 2, 64)
+    q, mask = array(6, 1, 2, 3, 64) / 8, jnp.ones((1, 1, 3, 50), bool)
+    want, _ = attended(
+        q.transpose(0, 2, 1, 3), value(keys)[read[0]], value(values)[read[1]], np.ones((1, 3, 50), bool), 1.0
+    )
+    keys, values = (
+        dataclasses.replace(c, scale=jnp.where((jnp.arange(3) == i)[:, None, None, None], c.scale, jnp.nan))
+        for c, i in zip((keys, values), read, strict=True)
+    )
+    run = jax.jit(functools.partial(attend, spec=spec, interpret=True), compiler_options=_QUICK)
+    got = run(q, keys, values, mask, layers=tuple(map(jnp.int32, layers)))
+    np.testing.assert_allclose(got, want.transpose(0, 2, 1, 3), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_are_read_in_their_stacks():
+    check_layers(cache_attention_tpu.attention, spec_of(-1e9))
 
 
 def test_caches_that_lie_in_different_ways_are_two_products():

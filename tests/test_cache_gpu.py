@@ -15,7 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from test_cache_attention import attended, grouped, keys_transposed, linen, nnx_grouped, of_jax, packed, traced
+from test_cache_attention import (
+    attended,
+    check_a_program,
+    check_layers,
+    grouped,
+    keys_transposed,
+    linen,
+    nnx_grouped,
+    of_jax,
+    packed,
+)
 from test_cache_dot import _QUICK, array, value
 
 from pallas_kernels import cache_attention_gpu, kv_cache, matmul_triton
@@ -31,8 +41,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 
-# How it is written; formats of keys and values, zero points; queries, positions, heads of q and of the cache, dim; how
-# it is cut.
+# Arguments of `check_a_program`, and how it is cut.
 CASES: list[tuple[Any, str, str, bool, int, int, int, int, int, Blocks | None]] = [
     (linen, "int8", "int8", False, 1, 300, 4, 4, 128, None),
     (nnx_grouped, "int4", "int4", True, 3, 100, 2, 2, 64, Blocks(16, 16, 3, 4, 2)),
@@ -44,27 +53,10 @@ CASES: list[tuple[Any, str, str, bool, int, int, int, int, int, Blocks | None]] 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, (case[0].__name__, *case[1:-1]))))
 def test_the_kernel_attends_as_float64_does(case: Any, monkeypatch: pytest.MonkeyPatch):
-    """Through the replay of a program in bfloat16."""
-    fn, of_keys, of_values, zero_point, queries, t, heads, kv_heads, d, blocks = case
+    *program, blocks = case
     interpreted = functools.partial(cache_attention_gpu.attention, blocks=blocks, interpret=True)
     monkeypatch.setattr(attention, "cache_attention", interpreted)
-    keys = packed(1, of_keys, zero_point, 2, t, kv_heads, d, dtype=BF16)
-    values = packed(2, of_values, zero_point, 2, t, kv_heads, d, dtype=BF16)
-    q = array(3, 2, queries, heads, d, dtype=BF16)
-    last = np.asarray([[t - 1], [t // 3]]) - np.arange(queries)[::-1]  # each sequence and query sees up to its own
-    mask = np.arange(t) <= last[..., None]
-    if fn is keys_transposed:
-        mask[:] = True
-    run = traced(fn, q, keys, values, mask)
-    assert "cache_attention" in str(jax.make_jaxpr(run)(q, keys, values, mask))
-    out = jax.jit(run, compiler_options=_QUICK)(q, keys, values, mask)
-    scale = 0.125 if fn is keys_transposed else d**-0.5
-    rounded = (q / jnp.sqrt(d).astype(BF16)).astype(F32) * d**0.5 if fn is linen else q.astype(F32)
-    want, size = attended(rounded, value(keys), value(values), mask, scale)
-    # probabilities and the result are rounded to bfloat16; float32 sums do the rest
-    bound = float(jnp.finfo(BF16).eps) * (size + np.abs(want)) + 1e-4 * size
-    assert out.dtype == BF16
-    np.testing.assert_array_less(np.abs(np.asarray(out, np.float64) - want), bound)
+    check_a_program(*program)
 
 
 # --- Operands ----------------------------------------------------------------------------------------------------
@@ -113,20 +105,7 @@ def test_float16_is_multiplied_as_it_is():
 
 
 def test_layers_are_read_in_their_stacks():
-    """An index beyond the stack is that of its last layer; the other layers are not read."""
-    layers = (1, 9)
-    keys, values = packed(4, "int4", True, 3, 1, 50, 2, 64), packed(5, "int8", False, 3, 1, 50, 2, 64)
-    q = array(6, 1, 2, 3, 64)
-    one = [jax.tree.map(lambda a, i=i: a[min(i, 2)], c) for c, i in zip((keys, values), layers, strict=True)]
-    unread = [jnp.arange(3) != min(i, 2) for i in layers]
-    keys, values = (
-        dataclasses.replace(c, scale=jnp.where(away[:, None, None, None], jnp.nan, c.scale))
-        for c, away in zip((keys, values), unread, strict=True)
-    )
-    attend = functools.partial(cache_attention_gpu.attention, spec=spec_of(None, scale=0.125), interpret=True)
-    got = jax.jit(attend, compiler_options=_QUICK)(q, keys, values, None, layers=tuple(map(jnp.int32, layers)))
-    want = expected(q, *one, np.ones((1, 3, 50), bool), 0.125)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    check_layers(cache_attention_gpu.attention, spec_of(-1e9))
 
 
 # --- Positions that no query sees ----------------------------------------------------------------------------------

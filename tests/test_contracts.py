@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as prims
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith
 from jax.interpreters import mlir
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -144,3 +152,78 @@ def test_indexing_traces_to_views():
     assert [e.primitive.name for e in jax.make_jaxpr(lambda w: w[1])(w).jaxpr.eqns] == ["slice", "squeeze"]
     dynamic = [e.primitive.name for e in jax.make_jaxpr(lambda w, i: w[i])(w, 1).jaxpr.eqns]
     assert dynamic[-2:] == ["dynamic_slice", "squeeze"]
+
+
+# --- Mosaic GPU -------------------------------------------------------------------------------------------------------
+
+# of `jax.experimental.pallas.mosaic_gpu`, what the kernels for NVIDIA Hopper call, and what they give by name
+MOSAIC_GPU: dict[str, set[str]] = {
+    "Barrier": {"num_arrivals", "num_barriers"},
+    "CompilerParams": {"lowering_semantics", "unsafe_no_auto_barriers"},
+    "ShapeDtypeStruct": {"layout"},
+    "SwizzleTransform": set(),
+    "TilingTransform": set(),
+    "WGMMAAccumulatorRef": set(),
+    "barrier_arrive": set(),
+    "barrier_wait": set(),
+    "commit_smem": set(),
+    "copy_gmem_to_smem": set(),
+    "copy_smem_to_gmem": set(),
+    "inline_mgpu": {"arg_types", "return_type"},
+    "kernel": {
+        "out_type",
+        "grid",
+        "grid_names",
+        "num_threads",
+        "thread_name",
+        "scratch_types",
+        "compiler_params",
+        "interpret",
+    },
+    "layout_cast": set(),
+    "load": {"layout", "optimized"},
+    "nd_loop": {"collective_axes", "init_carry"},
+    "planar_snake": set(),
+    "set_max_registers": {"action"},
+    "wait_smem_to_gmem": {"wait_read_only"},
+    "wgmma": set(),
+    "wgmma_wait": set(),
+}
+
+
+@pytest.mark.parametrize("name", MOSAIC_GPU)
+def test_mosaic_gpu_names(name: str):
+    parameters = inspect.signature(getattr(plgpu, name)).parameters
+    assert MOSAIC_GPU[name] <= set(parameters), parameters
+
+
+def test_mosaic_gpu_memory_and_layouts():
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    assert plgpu.SMEM((2, 64, 64), jnp.bfloat16, transforms=transforms).shape == (2, 64, 64)
+    for name in ("WGMMA", "WGMMA_8BIT", "WGMMA_TRANSPOSED", "WGMMA_UPCAST_2X", "WGMMA_UPCAST_4X"):
+        assert hasattr(plgpu.Layout, name), name
+    assert all(plgpu.Layout.WGMMA.reduce(axis) is not None for axis in (0, 1))
+    assert hasattr(plgpu.LoweringSemantics, "Lane")
+
+
+def test_mosaic_gpu_of_each_version():
+    """Where `pallas_kernels.mosaic_gpu` asks for the version: loads had an index, and kernels no interpreter."""
+    index = inspect.signature(plgpu.load).parameters.get("idx")
+    old = jax.__version_info__ < (0, 11)
+    assert old == (index is not None and index.default is inspect.Parameter.empty)
+    assert old != hasattr(plgpu, "InterpretGPUParams")
+
+
+def test_registers_of_mosaic_gpu():
+    """What `tile_mosaic_gpu` does inside a kernel, and no interpreter shows: bytes in the order of `prmt` of PTX."""
+    with mlir.make_ir_context(), ir.Location.unknown():
+        i32, module = ir.IntegerType.get_signless(32), ir.Module.create()
+        with ir.InsertionPoint(module.body):
+            first, second, selector = (mgpu.c(value, i32) for value in (11, 12, 13))
+            utils.prmt(first, second, arith.shrui(arith.ori(arith.andi(selector, first), second), first))
+            array = mgpu.FragmentedArray.splat(mgpu.c(0.0, ir.BF16Type.get()), (64, 32), plgpu.Layout.WGMMA.to_mgpu())
+            assert jax.tree.leaves(array) == list(array.registers.flat)
+            pairs = [array.registers.flat[i] for i in range(2)]
+            word = utils.bitcast(utils.vector_concat(pairs), ir.IntegerType.get_signless(64))
+            assert str(word.type) == "i64"
+    assert re.search(r'"prmt\.b32 \$0, \$1, \$2, \$3;", "=r,r,r,r" %c11_i32, %c12_i32, ', str(module)), module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -120,7 +121,8 @@ def test_weights_that_are_packed_differently_are_multiplied_apart():
     rules = [qjax.Rule("a", SPEC), qjax.Rule("b", qjax.int8())]
     assert fused(gated, recipe=rules) == ["a: silu, mul"]
     assert fused(gated, recipe=[qjax.Rule("b", SPEC)]) == ["b: mul"]
-    assert fused(gated, recipe="w8a8") == []  # products of integers
+    rules = [qjax.Rule("a", qjax.int8(), qjax.dynamic()), qjax.Rule("b", qjax.int8())]
+    assert fused(gated, recipe=rules) == ["a: silu, mul"]
 
 
 class Block(nn.Module):
@@ -165,6 +167,65 @@ def test_a_decoder_block_is_its_products(dtype: Any):
     assert count(jaxpr, fused_matmul_p) == len(BLOCK)
     assert not any(eqn.primitive.name in ("logistic", "jit") for eqn in jaxpr.jaxpr.eqns)
     assert count(jax.make_jaxpr(q.apply)(variables, x), fused_matmul_p) == 0  # training
+
+
+# --- Products of integers --------------------------------------------------------------------------------------
+
+W8 = qjax.int8(scale=qjax.AbsMax())
+STATIC = qjax.static(observer=qjax.MinMax())
+INTEGERS = PARAMS | {"d": array(40, 24), "e": array(40, 24)}
+# name: a function of parameters and x, the rules before that of static ranges, and what the plan says of it
+QUANTIZED: dict[str, tuple[Callable[[Any, Any], Any], list[Any], list[str]]] = {
+    "dynamic ranges": (
+        lambda p, x: nn.silu(x @ p["a"] + p["bias"]) @ p["d"] + x,
+        [qjax.Rule("[ad]*", W8, qjax.dynamic())],
+        ["a: add, silu", "d: add"],
+    ),
+    "static ranges": (
+        lambda p, x: nn.relu(x @ p["a"] + p["bias"]) @ p["d"] + x,
+        [],
+        ["a: add, relu, quantize", "d: add"],
+    ),
+    "gate": (lambda p, x: (nn.silu(x @ p["a"]) * (x @ p["b"])) @ p["d"], [], ["a, b: silu, mul, quantize"]),
+    "nothing else": (lambda p, x: (x @ p["a"]) @ p["d"], [], ["a: quantize"]),
+    "two that read it": (lambda p, x: ((h := nn.relu(x @ p["a"])) @ p["d"], h @ p["e"]), [], ["a: relu, quantize"]),
+    "a product of activations": (
+        lambda p, x: jnp.matmul(x @ p["a"], (x @ p["b"]).mT),
+        [qjax.Rule("matmul:*", activations=STATIC)],
+        ["a: quantize"],
+    ),
+    # where it stays float, and why
+    "a residual connection": (
+        lambda p, x: jnp.tanh((h := x @ p["square"] + x) @ p["b"]).sum() + h,
+        [],
+        ["square: add (not quantize: 'add' reads the values too)", "b: tanh"],
+    ),
+    "a result": (
+        lambda p, x: ((h := nn.relu(x @ p["a"])) @ p["d"], h),
+        [],
+        ["a: relu (not quantize: the result reads the values too)"],
+    ),
+    "two ranges": (
+        lambda p, x: ((h := nn.relu(x @ p["a"])) @ p["d"], h @ p["e"]),
+        [qjax.Rule("d", W8, qjax.static("int4"))],
+        ["a: relu (not quantize: it is quantized in several ways)"],
+    ),
+    "one dynamic range": (lambda p, x: nn.relu(x @ p["a"]) @ p["d"], [qjax.Rule("d", W8, qjax.dynamic())], ["a: relu"]),
+    "a product of floats": (lambda p, x: nn.relu(x @ p["a"]) @ p["d"], [qjax.Rule("a", W8)], ["a: relu"]),
+    "a reduction in between": (lambda p, x: nn.softmax(x @ p["a"]) @ p["d"], [], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_products_of_integers(name: str):
+    fn, rules, expected = QUANTIZED[name]
+    assert fused(fn, params=INTEGERS, recipe=[*rules, qjax.Rule("**", W8, STATIC)]) == expected
+
+
+def test_pairs_share_their_codes():
+    """Two inputs of one value that are quantized in different ways are multiplied apart."""
+    rules = [qjax.Rule("a", W8, qjax.dynamic()), qjax.Rule("b", W8, qjax.dynamic("int4"))]
+    assert fused(lambda p, x: nn.silu(x @ p["a"]) * (x @ p["b"]), recipe=rules) == ["a: silu, mul"]
 
 
 # --- What it computes ------------------------------------------------------------------------------------------
@@ -244,6 +305,69 @@ def test_scanned_layers_and_their_derivatives(stacked: Any, unfused: Any):
     assert np.abs(gradient).max() > 0
 
 
+def calibrated(q: Any, variables: Any, x: jax.Array) -> Any:
+    """Packed, with ranges that this input gives."""
+    return q.convert(q.calibrate(variables, [x], progress=False), x)
+
+
+@pytest.mark.parametrize("dtype", [None, BF16], ids=["float32", "bfloat16"])
+def test_products_of_integers_give_the_same_bits(dtype: Any, unfused: Any):
+    x = X.astype(dtype or jnp.float32)
+    model = Block(dtype)
+    q = qjax.quantize(model, [qjax.Rule("**", W8, STATIC)])
+    packed = calibrated(q, model.init(jax.random.key(0), x), x)
+    expected = [line + ", quantize" if line.startswith("gate") else line for line in BLOCK]
+    assert [str(fusion) for fusion in q.plan(packed, x).fusions] == expected
+    jaxpr = jax.make_jaxpr(q.apply)(packed, x)
+    assert count(jaxpr, fused_matmul_p) == len(BLOCK)
+    codes = [v.aval.dtype for e in jaxpr.jaxpr.eqns if e.primitive is fused_matmul_p for v in e.outvars]
+    assert codes.count(jnp.int8) == 1
+    np.testing.assert_array_equal(jax.jit(q.apply)(packed, x), jax.jit(unfused(q.apply))(packed, x))
+
+
+def test_scanned_products_of_integers_and_their_derivatives(unfused: Any):
+    """Each layer has ranges of its own, and a gradient that is the float product's."""
+
+    def rows(p: Any, x: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
+            return x + (nn.silu(x @ p["gate"]) * (x @ p["up"] + p["bias"])) @ p["down"], None
+
+        return lax.scan(layer, x, p)[0]
+
+    q = qjax.quantize(rows, [qjax.Rule("**", W8, STATIC)])
+    packed = calibrated(q, STACKED, X)
+    lines = ["gate, up: silu, add, mul, quantize", "down: add"]
+    assert [str(fusion) for fusion in q.plan(packed, X).fusions] == lines
+
+    def all_of(apply: Any) -> Any:
+        def run(x: jax.Array) -> Any:
+            tangent = jax.jvp(lambda x: apply(packed, x), (x,), (X,))[1]
+            return apply(packed, x), jax.vmap(lambda x: apply(packed, x))(x), tangent
+
+        gradient = jax.grad(jax.jit(lambda x: jnp.sum(apply(packed, x) ** 2)))
+        return *jax.jit(run)(X), gradient(X)
+
+    together, apart = all_of(q.apply), all_of(unfused(q.apply))
+    for actual, expected in zip(together[:2], apart[:2], strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    for actual, expected in zip(together[2:], apart[2:], strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(together[2]).max() > 0
+
+
+def test_learned_ranges_have_their_gradient(unfused: Any):
+    q = qjax.quantize(lambda p, x: nn.relu(x @ p["a"]) @ p["d"], [qjax.Rule("*", W8, qjax.lsq())])
+    packed = calibrated(q, {"a": PARAMS["a"], "d": array(40, 24)}, X)
+    assert [str(fusion) for fusion in q.plan(packed, X).fusions] == ["a: relu, quantize"]
+
+    def gradient(apply: Any) -> Any:
+        return jax.jit(jax.grad(lambda quant: jnp.sum(apply({**packed, "quant": quant}, X) ** 2)))(packed["quant"])
+
+    together, apart = gradient(q.apply), gradient(unfused(q.apply))
+    assert np.abs(together["d"]["step"]) > 0
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), together, apart)
+
+
 def test_one_that_is_not_packed_is_run_as_it_is():
     """Packed beside float weights: the plan is that of the recipe, the values decide."""
     q = qjax.quantize(lambda p, x: nn.silu(x @ p["a"]) * (x @ p["b"]), [qjax.Rule("*", SPEC)])
@@ -268,6 +392,23 @@ def test_adapters_keep_their_products():
     tree = m.init(jax.random.key(0), q.convert(params, X), X)
     jaxpr = jax.make_jaxpr(m.apply)(tree, X)
     assert count(jaxpr, fused_matmul_p) == 1
+
+
+def test_adapters_read_the_floats():
+    q = qjax.quantize(lambda p, x: nn.relu(x @ p["a"]) @ p["d"], [qjax.Rule("**", W8, STATIC)])
+    packed = calibrated(q, {"a": array(24, 40), "d": array(40, 24)}, X)
+    m = qjax.lora(q, rank=2, targets="d")
+    tree = m.init(jax.random.key(0), packed, X)
+    added = {"d": {"a": array(40, 2), "b": array(2, 24)}}
+    together = jax.jit(m.apply)({**tree, "lora": added}, X) - jax.jit(m.apply)(tree, X)
+    hidden = nn.relu(
+        jax.jit(qjax.quantize(lambda p, x: x @ p["a"], q.recipe).apply)(
+            {**packed, "params": {"a": packed["params"]["a"]}}, X
+        )
+    )
+    np.testing.assert_allclose(
+        together, m.spec.scale * hidden @ added["d"]["a"] @ added["d"]["b"], rtol=1e-3, atol=1e-3
+    )
 
 
 def test_one_exported_program_has_it_for_every_platform(stacked: Any):

@@ -81,16 +81,10 @@ EPILOGUES: dict[str, tuple[Epilogue, Callable[[int, int, int], list[tuple[int, i
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Products and an epilogue, and how they are cut; `stack` counts experts, `layer` picks one of two."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operands:
+    """How x and weights are stored; `stack` counts experts, `layer` picks one of two."""
 
-    epilogue: str
-    m: int
-    k: int
-    n: int
-    granularity: Any
-    blocks: Any
     format: str = "int4"
     dtype: Any = BF16
     zero_point: bool = False
@@ -98,20 +92,45 @@ class Case:
     layer: int | None = None
     order: Any = "nk"
 
+    @property
+    def experts(self) -> tuple[int, ...]:
+        return () if self.stack is None else (self.stack,)
+
+    def x(self, m: int, k: int) -> jax.Array:
+        return jnp.asarray(np.random.default_rng(1).standard_normal((*self.experts, m, k)), self.dtype)
+
+    def weight(self, granularity: Any, k: int, n: int, seed: int) -> QTensor:
+        spec = QuantSpec(FORMATS[self.format], granularity, scale_rule=AbsMax(), zero_point=self.zero_point)
+        layout = Layout((*(((size, "stack"),) for size in self.experts), ((k, "k"),), ((n, "n"),)))
+        lead = () if self.layer is None else (2,)
+        values = np.random.default_rng((k, n, seed)).standard_normal((*lead, *self.experts, k, n)) / math.sqrt(k)
+        return jax.jit(lambda w: quantize(w, spec, layout, self.order))(jnp.asarray(values, self.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(Operands):
+    """Products and an epilogue, and how they are cut."""
+
+    epilogue: str
+    m: int
+    k: int
+    n: int
+    granularity: Any
+    blocks: Any
+
     def __str__(self) -> str:
         fields = (self.epilogue, f"{self.format}/{self.granularity}", jnp.dtype(self.dtype).name)
         return "-".join(map(str, (*fields, f"{self.m}x{self.k}x{self.n}", self.order)))
 
-    def weight(self, seed: int) -> QTensor:
-        return _packed(self, self.k, self.n, seed)
+    @property
+    def weights(self) -> list[QTensor]:
+        products = EPILOGUES[self.epilogue][0].products
+        return [self.weight(self.granularity, self.k, self.n, seed) for seed in range(products)]
 
     def error(self, kernel: Any) -> float:
         """The largest error, in parts of what rounding the operands of the dot to 8 bits may do to the result."""
         epilogue, shapes, meaning = EPILOGUES[self.epilogue]
-        generator = np.random.default_rng(1)
-        experts = () if self.stack is None else (self.stack,)
-        weights = [self.weight(seed) for seed in range(epilogue.products)]
-        x = jnp.asarray(generator.standard_normal((*experts, self.m, self.k)), self.dtype)
+        generator, weights, x = np.random.default_rng(2), self.weights, self.x(self.m, self.k)
         others = [
             jnp.asarray(generator.standard_normal(shape), dtype)
             for shape, dtype in zip(shapes(self.stack or 1, self.m, self.n), (F32, BF16) * 2, strict=False)
@@ -138,15 +157,6 @@ class Case:
         slopes = [np.abs(p) for p in products[::-1]] if len(products) == 2 else [1.0]
         bound = 1e-5 * (1 + np.abs(want)) + 1.1 * sum(e * s for e, s in zip(off, slopes, strict=True))
         return float((np.abs(np.asarray(got, np.float64) - want) / bound).max())
-
-
-def _packed(case: Any, k: int, n: int, seed: int) -> QTensor:
-    spec = QuantSpec(FORMATS[case.format], case.granularity, scale_rule=AbsMax(), zero_point=case.zero_point)
-    experts = () if case.stack is None else (case.stack,)
-    layout = Layout((*(((size, "stack"),) for size in experts), ((k, "k"),), ((n, "n"),)))
-    lead = () if case.layer is None else (2,)
-    values = np.random.default_rng((k, n, seed)).standard_normal((*lead, *experts, k, n)) / math.sqrt(k)
-    return jax.jit(lambda w: quantize(w, spec, layout, case.order))(jnp.asarray(values, case.dtype))
 
 
 # --- Triton ---------------------------------------------------------------------------------------------------------
@@ -181,7 +191,7 @@ MOSAIC = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Joint:
+class Joint(Operands):
     """Products of one x with weights of these widths."""
 
     m: int
@@ -189,18 +199,11 @@ class Joint:
     widths: tuple[int, ...]
     granularity: Any
     blocks: Any
-    format: str = "int4"
-    dtype: Any = BF16
-    zero_point: bool = False
-    stack: int | None = None
-    layer: int | None = None
-    order: Any = "nk"
 
     def same(self) -> bool:
         """Whether each result has the bits of that product alone."""
-        weights = [_packed(self, self.k, n, seed) for seed, n in enumerate(self.widths)]
-        experts = () if self.stack is None else (self.stack,)
-        x = jnp.asarray(np.random.default_rng(1).standard_normal((*experts, self.m, self.k)), self.dtype)
+        weights = [self.weight(self.granularity, self.k, n, seed) for seed, n in enumerate(self.widths)]
+        x = self.x(self.m, self.k)
         layers = [self.layer] * len(weights)
         how = {"blocks": self.blocks, "interpret": True, **HOW}
         together = jax.jit(lambda x, ws: matmul_mosaic_gpu.joint_matmul(x, ws, layers=layers, **how))(x, weights)
@@ -265,22 +268,29 @@ def _gated_by_erf(p: Any, x: Any) -> Any:
     return jax.lax.erf(x @ p["gate"]) * (x @ p["up"])
 
 
+INT4 = qjax.Rule("*", qjax.int4(group=64, scale=qjax.AbsMax()))
+
+
 @pytest.mark.parametrize(
-    ("model", "chip", "kernels"),
+    ("model", "rule", "chip", "kernels"),
     [
-        (_gated, "h100", 1),
-        (_gated, "a100", 1),
-        (_gated_by_log1p, "h100", 2),  # which Mosaic GPU has not
-        (_gated_by_erf, "a100", 2),  # which Triton has not
+        (_gated, INT4, "h100", 1),
+        (_gated, INT4, "a100", 1),
+        (_gated_by_log1p, INT4, "h100", 2),  # which Mosaic GPU has not
+        (_gated_by_erf, INT4, "a100", 2),  # which Triton has not
+        (_gated, qjax.Rule("*", qjax.int8(), qjax.dynamic()), "h100", 1),
+        (_gated, qjax.Rule("*", qjax.int4(group=64), qjax.dynamic()), "h100", 2),  # sums that no registers hold
+        (_gated, qjax.Rule("*", qjax.int4(group=64), qjax.dynamic()), "a100", 1),
+        (_gated_by_erf, qjax.Rule("*", qjax.int8(), qjax.dynamic()), "a100", 2),
     ],
 )
-def test_a_gated_model_calls_one_kernel(model: Any, chip: str, kernels: int):
+def test_a_gated_model_calls_one_kernel(model: Any, rule: Any, chip: str, kernels: int):
     if chip == "a100" and not matmul_triton.finds_device():
         pytest.skip("from jax 0.11 on Triton's lowering asks for a device")
     generator = np.random.default_rng(0)
     params = {name: jnp.asarray(generator.standard_normal((128, 64)), BF16) for name in ("gate", "up")}
     x = jnp.asarray(generator.standard_normal((3, 128)), BF16)
-    q = qjax.quantize(model, [qjax.Rule("*", qjax.int4(group=64, scale=qjax.AbsMax()))])
+    q = qjax.quantize(model, [rule])
     packed = qjax.arrange(q.convert(params, x), chip)
     with qjax.target_chip(chip):
         text = jax.jit(q.apply).trace(packed, x).lower(lowering_platforms=("cuda",)).as_text()
@@ -292,7 +302,7 @@ def test_what_no_kernel_takes_follows_the_products():
     """On the part of a device whose sizes no kernel takes, the epilogue still means the same."""
     epilogue, _, meaning = EPILOGUES["gated pair"]
     case = Case("gated pair", 3, 48, 20, PerGroup(24), None, dtype=F32, stack=2)
-    weights = [case.weight(seed) for seed in range(2)]
+    weights = case.weights
     generator = np.random.default_rng(2)
     x, residual = (jnp.asarray(generator.standard_normal(shape), F32) for shape in ((2, 3, 48), (1, 3, 20)))
     got = matmul_gpu.fused_matmul(x, weights, [residual], layers=[None, None], epilogue=epilogue, **HOW)

@@ -21,7 +21,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from pallas_kernels import matmul_tpu, partition
+from pallas_kernels import activations, integer_matmul_tpu, matmul_tpu, partition
+from pallas_kernels.activations import Activation, ActSpec, MinMax
 from pallas_kernels.epilogue import OPERATIONS, Constant, Epilogue, Step
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
 from pallas_kernels.fused_matmul import on_each_device
@@ -245,6 +246,24 @@ def test_operations(primitive: Any):
     np.testing.assert_allclose(np.asarray(out[0], np.float64), expected, rtol=2e-5, atol=1e-37)
 
 
+@pytest.mark.parametrize(("low", "high"), [(-3.0, 5.0), (0.0, 2.0**-4 * 255), (0.0, 0.0)])
+@pytest.mark.parametrize("zero_point", [False, True])
+@pytest.mark.parametrize("format", ["int8", "int4", "int3"])
+def test_codes_are_those_of_activations(format: str, zero_point: bool, low: float, high: float):
+    """Ties between two codes, what no code is large enough for, what is no number."""
+    spec = ActSpec(FORMATS[format], MinMax(), "tensor", zero_point)
+    ranges = {"low": low, "high": high}
+    numbers = np.concatenate([np.arange(-300, 300) / 32, VALUES, [0.0, -0.0, 1e30, -1e30, np.inf, -np.inf, np.nan]])
+    x = jnp.asarray(numbers, F32)[None]
+    scale, zero = activations.known_scale(spec, ranges, 2)
+    others = [scale] if zero is None else [scale, zero]
+    epilogue = Epilogue(F32, 1, len(others), (), 0, spec)
+    expected = jax.jit(lambda x: activations.quantize(x, spec, (1,), ranges).codes)(x)
+    got = jax.jit(lambda x, others: epilogue([x], others))(x, others)
+    assert got.dtype == epilogue.out_dtype == jnp.int8
+    np.testing.assert_array_equal(got, expected)
+
+
 # --- Tiles -------------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +312,31 @@ def check_devices() -> None:
     assert out.sharding.spec == P("data", "model")
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=2e-5, atol=2e-5)
 
+    spec = ActSpec(FORMATS["int8"], MinMax(), "tensor")
+    epilogue = Epilogue(
+        F32, 2, 3, (_step(prims.add_p, 0, 2), _step(prims.mul_p, 5, 1), _step(prims.add_p, 6, 3)), 7, spec
+    )
+    codes = jnp.asarray(np.random.default_rng(0).integers(-127, 128, (m, k)), jnp.int8)
+    scale = jnp.abs(_array(m, 1)) / 128
+    weights = [_pack("int8", PerChannel(), k=k, n=n, seed=i) for i in range(2)]
+    others = [*others, jnp.full((1, 1), 0.04)]
+
+    def integers(x: Activation, weights: list[QTensor], others: list[jax.Array]) -> jax.Array:
+        kernel = functools.partial(integer_matmul_tpu.fused_matmul, epilogue=epilogue, interpret=True)
+        split = partition.Split.of(jax.typeof(x.codes), jax.tree.map(jax.typeof, weights[0]), indexed=False)
+        assert split is not None
+        return on_each_device(kernel, split, x, weights, [(a, a.shape) for a in others], [None, None])
+
+    whole = jax.jit(
+        functools.partial(integer_matmul_tpu.fused_matmul, layers=[None] * 2, epilogue=epilogue, interpret=True)
+    )
+    x = Activation(codes, scale)
+    placed = [jax.tree.map(lambda a: put(a, None, "model"), w) for w in weights]
+    spread = [put(others[0], None, "model"), put(others[1]), put(others[2])]
+    out = jax.jit(integers)(jax.tree.map(lambda a: put(a, "data"), x), placed, spread)
+    assert out.sharding.spec == P("data", "model")
+    np.testing.assert_array_equal(out, whole(x, weights, [a[None] for a in others]))
+
 
 def check_chips() -> None:
     """The program of a model on a mesh: one kernel where columns are split, and sums first where rows are."""
@@ -321,6 +365,26 @@ def check_chips() -> None:
             text = traced.lower(lowering_platforms=("tpu",)).compile().as_text() or ""
             assert text.count('custom_call_target="tpu_custom_call"') == kernels, (name, matrix)
             assert ("all-reduce" in text) == (kernels == 2)
+
+    # Codes of each device's columns are each device's part of what the next product contracts.
+    q = qjax.quantize(lambda p, x: gated(p, x) @ p["d"], [qjax.Rule("**", qjax.int8(), qjax.static())])
+    params["d"] = shape((n, k), BF16)
+    ranges = {name: {"low": shape((), F32), "high": shape((), F32)} for name in ("g", "d")}
+    packed = jax.eval_shape(q.convert, {"params": params, "quant_stats": ranges}, shape((4, 8, k), BF16))
+    mesh = _mesh(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
+
+    def place(a: Any, *spec: Any) -> Any:
+        return shape(a.shape, a.dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+    def columns(a: Any) -> Any:
+        return place(a, *("model" if size == n else None for size in a.shape))
+
+    placed = {**jax.tree.map(columns, packed["params"]), "b": place(packed["params"]["b"], "model")}
+    variables = {"params": placed, "quant_stats": jax.tree.map(place, packed["quant_stats"])}
+    traced = jax.jit(q.apply).trace(variables, place(shape((4, 8, k), BF16), "data"))
+    text = traced.lower(lowering_platforms=("tpu",)).compile().as_text() or ""
+    assert text.count('custom_call_target="tpu_custom_call"') == 1
+    assert "all-reduce" in text
 
 
 @pytest.mark.parametrize("check", ["devices", "chips"])

@@ -14,7 +14,7 @@ import gpu_compile
 import jax
 import jax.numpy as jnp
 import pytest
-from gpu_compile import ATTENTION, INTEGER, RAGGED, VARIANTS, Attention, Variant
+from gpu_compile import ATTENTION, INTEGER, INTEGER_FUSED, RAGGED, VARIANTS, Attention, Variant
 from jax.extend.core import primitives as prims
 
 import qjax
@@ -204,6 +204,16 @@ def test_integer_mosaic_gpu_compiles_without_spills(variant: Variant):
     assert not kernel.serialized
 
 
+@pytest.mark.parametrize("activations", [None, qjax.dynamic(), qjax.dynamic(zero_point=True)], ids=str)
+def test_one_scale_for_a_whole_matrix_compiles(activations: Any):
+    shape = jax.ShapeDtypeStruct
+    weights = qjax.int8(per_tensor=True, zero_point=True)
+    q, x = qjax.quantize(lambda p, x: x @ p["w"], qjax.Rule("**", weights, activations)), shape((16, 256), jnp.bfloat16)
+    with target_chip("h100"):
+        packed = jax.eval_shape(lambda p, x: qjax.arrange(q.convert(p, x), "h100"), {"w": shape((256, 64), x.dtype)}, x)
+        assert MOSAIC in gpu_compile.compile(q.apply, packed, x, chip="h100").as_text()
+
+
 @pytest.mark.parametrize("m", [24, 40, 72])
 def test_wgmma_multiplies_integers_with_so_many_rows(m: int):
     """It takes fewer sizes than for floats; here with eight rows of ones."""
@@ -219,6 +229,46 @@ def test_integer_triton_compiles(variant: Variant, chip: str, order: str):
     product = gpu_compile.integer_product(integer_matmul_triton, variant.dtype)
     compiled = gpu_compile.compile(product, *variant.codes(), variant.weight(order), chip=chip)
     assert f'custom_call_target="{TRITON}"' in compiled.as_text()
+
+
+@pytest.mark.parametrize(("name", "variant"), [INTEGER_FUSED[i] for i in (0, 3, 5, 6)], ids=str)
+def test_integer_mosaic_gpu_with_an_epilogue_compiles_without_spills(name: str, variant: Variant):
+    function, operands = gpu_compile.fused_integers(integer_matmul_mosaic_gpu, name, variant, "nk")
+    with target_chip("h100"):
+        _, (kernel,) = gpu_compile.compile_counted(function, *operands, chip="h100")
+    assert kernel.spilled == 0
+    assert not kernel.serialized
+
+
+@pytest.mark.parametrize(("name", "variant"), [INTEGER_FUSED[i] for i in (3, 4, 6)], ids=str)
+def test_integer_triton_with_an_epilogue_compiles(name: str, variant: Variant):
+    function, operands = gpu_compile.fused_integers(integer_matmul_triton, name, variant, "kn")
+    with target_chip("a100"):
+        text = gpu_compile.compile(function, *operands, chip="a100").as_text()
+    assert text.count(f'custom_call_target="{TRITON}"') == 1
+
+
+@pytest.mark.parametrize(("chip", "kernels"), [("h100", 2), ("a100", 2)])
+def test_codes_go_from_product_to_product(chip: str, kernels: int):
+    """Of what lies between two products a GPU stores codes, before Hopper nothing else."""
+    m, k, n = 64, 512, 1024
+
+    def mlp(p: Any, x: Any) -> Any:
+        return (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+
+    q = qjax.quantize(mlp, [qjax.Rule("**", qjax.int8(), qjax.static())])
+    x, number = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), jax.ShapeDtypeStruct((), jnp.float32)
+    shapes = {"gate": (k, n), "up": (k, n), "down": (n, k)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    ranges = {name: {"low": number, "high": number} for name in ("gate", "down")}
+    packed = jax.eval_shape(q.convert, {"params": params, "quant_stats": ranges}, x)
+    with target_chip(chip):
+        text = gpu_compile.compile(q.apply, packed, x, chip=chip).as_text()
+    assert text.count("custom_call_target=") == kernels
+    stored = set(
+        re.findall(rf"^  (?:ROOT )?%\S+ = (\w+)\[(?:1,)*{m},{n}\]\S* (?:fusion|custom-call)", text, re.MULTILINE)
+    )
+    assert stored == ({"bf16", "s8"} if chip == "h100" else {"s8"})
 
 
 @pytest.mark.parametrize(("chip", "order", "call"), [("h100", "nk", MOSAIC), ("a100", "kn", TRITON)])
@@ -326,6 +376,42 @@ def test_scanned_layers_update_and_read_packed_caches_in_place(format: str):
     assert compiled.as_text().count(f'custom_call_target="{TRITON}"') == 1
     assert memory.alias_size_in_bytes >= stored
     assert memory.temp_size_in_bytes < stored / layers / 5
+
+
+# --- Products of 8-bit floats --------------------------------------------------------------------------------------
+
+CUBLASLT = {"xla_gpu_enable_triton_gemm": False}  # of the two that XLA would time on a GPU, without it Triton
+
+
+@pytest.mark.parametrize("options", [{}, CUBLASLT], ids=["triton", "cublaslt"])
+@pytest.mark.parametrize("rows", [1, 16, 2048])
+def test_products_of_8_bit_floats_read_the_words_as_they_lie(rows: int, options: dict[str, bool]):
+    """XLA multiplies float8 numbers, and writes the weight in no other type and no other order."""
+    shape = jax.ShapeDtypeStruct
+    q, x = qjax.quantize(lambda p, x: x @ p["w"], "w8a8_fp8"), shape((rows, 4096), jnp.bfloat16)
+    packed = jax.eval_shape(q.convert, {"w": shape((4096, 4096), jnp.bfloat16)}, x)
+    text = gpu_compile.compile(jax.jit(q.apply, compiler_options=options), packed, x, chip="h100").as_text()
+    if options:
+        assert text.count('custom_call_target="__cublas$lt$matmul$f8"') == 1
+    else:
+        dtypes = dict(re.findall(r"(%[\w.\-]+) = (\w+)\[", text))
+        ((x_codes, w_codes),) = re.findall(r" dot\((%[\w.\-]+), (%[\w.\-]+)\)", text)
+        assert (dtypes[x_codes], dtypes[w_codes]) == ("f8e4m3fn", "f8e4m3fn")
+    assert written(text, 4096 * 4096) == []
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_few_rows_read_8_bit_floats_in_the_stack_of_layers(per_tensor: bool):
+    """XLA would copy each layer out of it."""
+    shape = jax.ShapeDtypeStruct
+    params, x = {"w": shape((8, 4096, 4096), jnp.bfloat16)}, shape((16, 4096), jnp.bfloat16)
+    rule = qjax.Rule("**", qjax.fp8_e4m3(per_tensor=per_tensor), qjax.dynamic("fp8_e4m3"))
+    q = qjax.quantize(lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0], rule)
+    packed = jax.eval_shape(q.convert, params, x)
+    with target_chip("h100"):
+        compiled = gpu_compile.compile(q.apply, packed, x, chip="h100")
+    assert compiled.as_text().count(f'custom_call_target="{MOSAIC}"') == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 / 8
 
 
 # --- Experts and lookups --------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_integer_matmul import Case
+from test_integer_matmul import Case, Fused
 
 from pallas_kernels import (
     blocks_gpu,
@@ -29,6 +29,7 @@ from pallas_kernels import (
     integer_operands_gpu,
     matmul_triton,
 )
+from pallas_kernels.activations import ActSpec, MinMax
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
 from pallas_kernels.qtensor import Layout, QTensor, quantize
 
@@ -105,11 +106,32 @@ MOSAIC = (
 )
 
 
+CODES = ActSpec(FORMATS["int8"], MinMax(), "tensor", zero_point=True)
+SYMMETRIC = ActSpec(FORMATS["int4"], MinMax(), "tensor")
+
+
+def _form(bits: int, granularity: Any, **options: Any) -> dict[str, Any]:
+    return {"bits": bits, "granularity": granularity, "k": 200, "n": 70, "order": "nk", **options}
+
+
+MOSAIC_FUSED = (
+    (Fused(False, F32, None, _form(8, PerChannel(), rows=5, k=256, n=64, zero=True)), G(8, 64, 128, 1, 2, 1)),
+    (Fused(False, BF16, None, _form(4, PerChannel(), rows=60, k=192, n=192)), G(48, 128, 128, 1, 2, 1)),
+    (Fused(False, BF16, None, _form(4, PerGroup(64), rows=9, k=448, n=128, zero=True)), G(8, 128, 256, 2, 2, 1)),
+    (Fused(True, F32, None, _form(8, PerChannel(), rows=9, k=256, n=64, stack=(2,)), (1, -2)), G(16, 64, 128, 1, 2, 1)),
+    (Fused(True, F32, CODES, _form(4, PerChannel(), rows=3, k=256, n=64, zero=True)), G(8, 64, 128, 1, 2, 2)),
+    (Fused(True, F32, SYMMETRIC, _form(8, PerChannel(), rows=17, k=128, n=64, weight_zero=True)), None),
+)
+
+
 def run_mosaic() -> None:
     """Writes what is wrong in each case, in a process that the fixture below starts."""
     blocks_gpu.CHIPS["h100"] = dataclasses.replace(blocks_gpu.CHIPS["h100"], processors=2)  # threads are few
     for product in MOSAIC:
         print(json.dumps(product.wrong(integer_matmul_mosaic_gpu)), flush=True)
+    for fused, blocks in MOSAIC_FUSED:
+        fused.check(integer_matmul_mosaic_gpu.fused_matmul, blocks=blocks, interpret=True)
+        print(json.dumps(0), flush=True)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +148,12 @@ def mosaic_wrong() -> list[int]:
 @pytest.mark.parametrize("product", range(len(MOSAIC)), ids=lambda i: str(MOSAIC[i]))
 def test_mosaic_gpu_has_the_bits_of_numpy(product: int, mosaic_wrong: list[int]):
     assert mosaic_wrong[product] == 0
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 does not interpret the kernel")
+def test_mosaic_gpu_epilogues(mosaic_wrong: list[int]):
+    """Each was checked in that process, which ends at the first one that is wrong."""
+    assert mosaic_wrong[len(MOSAIC) :] == [0] * len(MOSAIC_FUSED)
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="jax 0.11 interprets the kernel")
@@ -205,6 +233,20 @@ def test_triton_has_the_bits_of_numpy(product: Product):
 def test_triton_tiles_that_cut_groups_are_an_error(blocks: Any):
     with pytest.raises(ValueError, match="multiple of k, and splits 1"):
         dataclasses.replace(TRITON[2], blocks=blocks).wrong(integer_matmul_triton)
+
+
+TRITON_FUSED = (
+    (Fused(False, F32, None, _form(8, PerChannel(), rows=5, zero=True)), T(16, 32, 64, 1, 4, 2)),
+    (Fused(False, BF16, CODES, _form(4, PerGroup(64), rows=20, order="kn", weight_zero=True)), T(16, 32, 64, 1, 4, 2)),
+    (Fused(True, F32, None, _form(4, PerGroup(32), rows=3, stack=(2,)), (1, -2)), T(16, 32, 32, 1, 4, 2)),
+    (Fused(True, F32, CODES, _form(8, PerChannel(), rows=17, zero=True, weight_zero=True)), T(16, 32, 64, 2, 4, 2)),
+    (Fused(True, F32, SYMMETRIC, _form(8, PerChannel(), rows=33)), None),
+)
+
+
+@pytest.mark.parametrize(("fused", "blocks"), TRITON_FUSED, ids=str)
+def test_triton_epilogues(fused: Fused, blocks: Any):
+    fused.check(integer_matmul_triton.fused_matmul, blocks=blocks, interpret=True)
 
 
 # --- Which kernel ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,10 @@ lowering chooses among its formulations by size; small blocks let matrices of a 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +18,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.extend.core import primitives as prims
 
 from pallas_kernels import integer_matmul_cpu
+from pallas_kernels.activations import Activation, ActSpec
+from pallas_kernels.epilogue import Constant, Epilogue, Step
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
 from pallas_kernels.integer_matmul import integer_matmul, integer_matmul_p, matmul_reference
 from pallas_kernels.numerics import Scales
@@ -124,6 +130,123 @@ class Case:
             assert np.abs(acc).max(initial=0) < 2**31
             out = out + acc.astype(np.float32) * scales[..., g : g + 1, :]
         return out * np.asarray(self.scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """Products with an epilogue, and what it means: scaled, with bias, relu and residual; or a gated pair with bias.
+
+    Attributes:
+        pair: whether there are two weights.
+        dtype: of the products and of all steps.
+        codes: how the result is quantized, if it is.
+        form: of `Case`.
+        layers: of each weight, the index; the weight has two of them.
+    """
+
+    pair: bool
+    dtype: Any
+    codes: ActSpec | None
+    form: dict[str, Any]
+    layers: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        kind = f"{'pair' if self.pair else 'bias'}-{jnp.dtype(self.dtype).name}-{self.codes}"
+        return "-".join([kind, *(f"{value}" for value in self.form.values())])
+
+    @functools.cached_property
+    def cases(self) -> list[Case]:
+        """The first one's x is that of both."""
+        form = {**self.form, **({"layers": 2} if self.layers else {})}
+        rows = form.pop("rows")
+        cases = [Case(rows=rows + i, **form) for i in range(2 if self.pair else 1)]
+        for case in cases[1:]:
+            case.x, case.scale, case.zero = cases[0].operands[:3]
+        return cases
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """Its steps."""
+
+        def step(primitive: Any, *operands: Any, **params: Any) -> Step:
+            return Step(primitive, operands, tuple(params.items()), jnp.dtype(self.dtype))
+
+        others = 3 + (0 if self.codes is None else 2 if self.codes.zero_point else 1)
+        products = len(self.cases)
+        first = products + others
+        if self.pair:
+            steps = (
+                step(prims.mul_p, 0, products),
+                step(prims.mul_p, 1, products),
+                step(prims.logistic_p, first, accuracy=None),
+                step(prims.mul_p, first, first + 2),
+                step(prims.mul_p, first + 3, first + 1),
+                step(prims.add_p, first + 4, products + 1),
+                step(prims.add_p, first + 5, products + 2),
+            )
+        else:
+            steps = (
+                step(prims.mul_p, 0, products),
+                step(prims.add_p, first, products + 1),
+                step(prims.max_p, first + 1, Constant(0.0, jnp.dtype(self.dtype))),
+                step(prims.add_p, first + 2, products + 2),
+            )
+        return Epilogue(jnp.dtype(self.dtype), products, others, steps, first + len(steps) - 1, self.codes)
+
+    @functools.cached_property
+    def others(self) -> list[jax.Array]:
+        """A scalar, a bias, a residual, and scale and zero point of the codes."""
+        rng, case = np.random.default_rng(1), self.cases[0]
+        *stack, m, _ = case.x.shape
+        n, batch = case.w.layout.n, math.prod(stack)
+        scalar = 1 / np.std(self.products[0].astype(np.float64))
+        arrays = [np.full((1, 1, 1), scalar), rng.standard_normal((batch, 1, n)), rng.standard_normal((1, m, n))]
+        found = [jnp.asarray(a, self.dtype) for a in arrays]
+        if self.codes is not None:
+            code = [7.7 / 2**self.codes.format.bits, *([-7.0] if self.codes.zero_point else [])]
+            found += [jnp.full((1, 1, 1), value, jnp.float32) for value in code]
+        return found
+
+    @functools.cached_property
+    def products(self) -> list[np.ndarray]:
+        layers = self.layers or (None,) * len(self.cases)
+        return [case.expected(layer) for case, layer in zip(self.cases, layers, strict=True)]
+
+    def check(self, fused: Callable[..., jax.Array], **options: Any) -> None:
+        """Whether `fused(x, weights, others, layers=, epilogue=, **options)` means that.
+
+        Each step in bfloat16 is one rounding of a sum or product of such numbers: to the last bit. Codes may be the
+        neighbour where rounding errors of float32 lie between them.
+        """
+        case = self.cases[0]
+        weights, layers = [case.w for case in self.cases], list(self.layers) or [None] * len(self.cases)
+        how = {"layers": layers, "epilogue": self.epilogue, **options}
+        run = jax.jit(functools.partial(fused, **how), compiler_options={"xla_allow_excess_precision": False})
+        got = np.asarray(run(Activation(case.x, case.scale, case.zero), weights, self.others))
+        exact = self.dtype == jnp.bfloat16
+        kind = jnp.bfloat16 if exact else np.float64
+        shape = (-1, *case.x.shape[-2:-1], case.w.layout.n)
+        scalar, bias, residual, *code = (np.asarray(a).astype(kind) for a in self.others)
+        scaled = [p.astype(self.dtype).astype(kind).reshape(shape) * scalar for p in self.products]
+        if self.pair:
+            gate, up = scaled
+            want = gate * (1 / (1 + np.exp(-gate))) * up + bias + residual
+        else:
+            want = np.maximum(scaled[0] + bias, kind(0)) + residual
+        want = want.reshape(*case.x.shape[:-1], -1)
+        if self.codes is None:
+            assert got.dtype == self.dtype
+            tolerance = 0 if exact else 1e-5
+            np.testing.assert_allclose(got.astype(np.float64), want.astype(np.float64), rtol=tolerance, atol=tolerance)
+            return
+        assert got.dtype == np.int8
+        scale, *zero = (float(np.asarray(a).item()) for a in self.others[3:])
+        unrounded = want.astype(np.float64) / scale + (zero[0] if zero else 0)
+        low, high = self.codes.format.qmin, self.codes.format.qmax
+        near = np.abs(np.abs(unrounded - np.floor(unrounded)) - 0.5) < 1e-3
+        wrong = np.abs(got - np.clip(np.round(unrounded), low, high))
+        assert (wrong <= near).all()
+        assert near.mean() < 0.02 and np.ptp(got.astype(int)) > (high - low) / 2
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:

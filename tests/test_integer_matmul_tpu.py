@@ -15,14 +15,19 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_integer_matmul import Case, assert_same_bits
+from test_integer_matmul import Case, Fused, assert_same_bits
 
 from pallas_kernels import integer_matmul_tpu
+from pallas_kernels.activations import ActSpec, MinMax
 from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
 from pallas_kernels.integer_matmul import integer_matmul
 from pallas_kernels.integer_matmul_tpu import Blocks
 from pallas_kernels.numerics import Scales
 from pallas_kernels.qtensor import Layout, QTensor, quantize
+
+
+def _form(bits: int, granularity: Any, **options: Any) -> dict[str, Any]:
+    return {"bits": bits, "granularity": granularity, "k": 300, "n": 130, **options}
 
 
 def kernel(x: Any, scale: Any, zero: Any, w: QTensor, layer: Any = None, **options: Any) -> jax.Array:
@@ -129,6 +134,28 @@ def test_double_quantized_scales():
     out, exact = jax.jit(lambda x, w: (kernel(x, case.scale, None, w), w.matrix()))(case.x, packed)
     expected = np.asarray(case.x, np.float64) @ np.asarray(exact, np.float64) * np.asarray(case.scale)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+# --- Epilogues -------------------------------------------------------------------------------------------------
+
+CODES = ActSpec(FORMATS["int8"], MinMax(), "tensor", zero_point=True)
+SYMMETRIC = ActSpec(FORMATS["int4"], MinMax(), "tensor")
+F32, BF16 = jnp.float32, jnp.bfloat16
+# Tiles of several sizes along each axis; sums that are in registers, in scratch, and added up over groups.
+EPILOGUES = [
+    (Fused(False, F32, None, _form(8, PerChannel(), rows=5, order="nk", zero=True)), None),
+    (Fused(False, BF16, None, _form(4, PerGroup(32), rows=70, weight_zero=True)), Blocks(32, 128, 256)),
+    (Fused(False, F32, CODES, _form(8, PerChannel(), rows=70, zero=True)), Blocks(64, 128, 256)),
+    (Fused(False, BF16, CODES, _form(4, PerChannel(), rows=3, k=600)), Blocks(32, 128, 256)),
+    (Fused(True, F32, None, _form(4, PerGroup(128), rows=31, zero=True)), None),
+    (Fused(True, F32, SYMMETRIC, _form(8, PerChannel(), rows=33, stack=(2,), order="nk"), (1, -2)), None),
+    (Fused(True, F32, CODES, _form(3, PerGroup(512), rows=1, k=1200)), Blocks(32, 128, 256)),
+]
+
+
+@pytest.mark.parametrize(("fused", "tiles"), EPILOGUES, ids=str)
+def test_epilogues(fused: Fused, tiles: Blocks | None):
+    fused.check(integer_matmul_tpu.fused_matmul, blocks=tiles, interpret=True)
 
 
 # --- Tiles -----------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def test_stack_and_layer(spec: QuantSpec, blocks: str, monkeypatch: pytest.Monke
     w, x = _pack(spec, 3, 2), [_array(2, rows, K, seed=4) for rows in (1, 3)]
     run = jax.jit(lambda x, w, i: [quantized_matmul(each, w, layer=i) for each in x])
     m = _dense(w)
-    for layer, picked in ((0, 0), (2, 2), (7, 2), (-1, 2)):
+    for layer, picked in ((0, 0), (2, 2), (7, 2), (-1, 2), (-9, 0)):
         for each, y in zip(x, run(x, w, jnp.int32(layer)), strict=True):
             assert_product(y, each, m[picked])
 

@@ -28,10 +28,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import numerics, packing, partition
+from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.integer_matmul import integer_matmul
 from pallas_kernels.matmul import quantized_matmul
 from pallas_kernels.qtensor import Layout, QTensor, quantize
-from qjax import AbsMax, int3, int4, int8, nf4
+from qjax import AbsMax, fp8_e4m3, int3, int4, int8, nf4
 
 L, E, M, K, N = 3, 4, 8, 256, 128
 FORMATS = {
@@ -39,6 +40,7 @@ FORMATS = {
     "int4 zero": int4(group=32, zero_point=True, scale=AbsMax()),
     "int8": int8(scale=AbsMax()),
     "nf4": nf4(group=32, double_quant=True, scale=AbsMax()),
+    "fp8": fp8_e4m3(scale=AbsMax()),
 }
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
 
@@ -172,6 +174,14 @@ def check_products(on: On) -> None:
         out = on.run(integer_matmul, *args, communicates="all-reduce" if split == "k" else "")
         tolerance: Any = {"rtol": 0} if exact else {"rtol": 1e-5, "atol": 1e-3}
         np.testing.assert_allclose(out, integer_product(codes, scale, zero, w), **tolerance, err_msg=name)
+    for split, order in [("n", "nk"), ("k", "nk"), ("k", "kn")]:
+        w, (_, scale, _) = weight(FORMATS["fp8"], order), integer_rows(M)
+        codes = rows(M, K).astype(jnp.float8_e4m3fn)
+        args = on.place(codes, "data", "model" if split == "k" else None), on.place(scale, "data")
+        args = *args, on.weight(w, **{split: "model"})
+        out = on.run(fp8_matmul, *args, communicates="all-reduce" if split == "k" else "")
+        expected = codes.astype(np.float64) @ np.asarray(w.matrix(), np.float64) * scale
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5, err_msg=f"fp8 {split} {order}")
     # a whole weight: only rows are split, and both mesh axes along one axis
     w = weight(FORMATS["int4"])
     x = rows(M, K)
@@ -301,6 +311,9 @@ def check_tpu(on: On) -> None:
         w = on.weight(weight(FORMATS["int8"]), **{split: "model"})
         args = on.place(codes, "data"), on.place(scale, "data"), on.place(zero, "data"), w
         on.compile(integer_matmul, *args, communicates=summed)
+        codes = on.place(rows(M, K).astype(jnp.float8_e4m3fn), "data", "model" if split == "k" else None)
+        w = on.weight(weight(FORMATS["fp8"], "nk"), **{split: "model"})
+        on.compile(fp8_matmul, codes, on.place(scale, "data"), w, communicates=summed)
 
 
 def mesh(devices: Any, kind: AxisType) -> On:

@@ -91,6 +91,26 @@ def test_experts_in_layers_compile(chip: str):
     assert KERNEL in product
 
 
+# --- Products of 8-bit floats ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_products_of_8_bit_floats_are_left_to_xla(chip: str):
+    """The matrix unit's operands are both float8, no other type of the weight is in the program, and nothing moves it.
+
+    That holds for chips that have no arithmetic for such numbers too: the conversion is part of their product.
+    """
+    q = qjax.quantize(stacked, "w8a8_fp8")
+    packed = jax.eval_shape(q.convert, PARAMS, X)
+    compiled = tpu_compile.compile(q.apply, packed, X, chip=chip)
+    text = compiled.as_text()
+    dtypes = dict(re.findall(r"(%[\w.\-]+) = (\w+)\[", text))
+    products = re.findall(r" (?:convolution|dot)\((%[\w.\-]+), (%[\w.\-]+)\)", text)
+    assert [[dtypes[name] for name in operands] for operands in products] == 2 * [["f8e4m3fn", "f8e4m3fn"]]
+    assert KERNEL not in text
+    assert compiled.memory_analysis().temp_size_in_bytes < WIDTH * HIDDEN / 8
+
+
 # --- Weight-only products --------------------------------------------------------------------------------------
 
 # Format, granularity, dtype of its scales; dtype of x; rows, K, N.
@@ -218,6 +238,51 @@ def test_what_follows_a_product_is_in_its_kernel(row: Any, chip: str):
     text = compiled(q.apply, packed, x, chip=chip)
     assert text.count(f'custom_call_target="{KERNEL}"') == 1
     assert not re.search(rf"= \w+\[(1,)?{m},{n}\]\S* (fusion|add|multiply|convert)\(", text)
+
+
+# Format, granularity and order of the weight; rows, K.
+FUSED_INTEGERS: list[tuple[str, str, Any, int, int]] = [
+    ("gelu", "int8", PerChannel(), 16, 1024),
+    ("gate", "int8", PerChannel(), 100, 1000),
+    ("gate", "int4", PerGroup(128), 512, 4096),
+    ("residual", "int4", PerGroup(32), 3, 1000),
+]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("row", FUSED_INTEGERS, ids=lambda row: "-".join(map(str, row)))
+def test_what_follows_a_product_of_integers_is_in_its_kernel(row: Any, chip: str):
+    name, format, granularity, m, k = row
+    n = k + 130
+    of = {"w": (k, n), "v": (k, n), "b": (n,), "r": (m, n)}
+    names = {"bias": "wb", "gelu": "wb", "gate": "wvb", "residual": "wr"}.get(name, "w")
+    q = qjax.quantize(EPILOGUES[name], [qjax.Rule("*", spec(format, granularity), qjax.dynamic())])
+    x = Shape((m, k), jnp.bfloat16)
+    packed = jax.eval_shape(q.convert, {name: Shape(of[name], x.dtype) for name in names}, x)
+    text = compiled(q.apply, packed, x, chip=chip)
+    assert text.count(f'custom_call_target="{KERNEL}"') == 1
+    assert not re.search(rf"= \w+\[(1,)?{m},{n}\]\S* (fusion|add|multiply|convert)\(", text)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    ("rows", "zero_point", "format"), [(3, True, "int8"), (300, False, "int8"), (48, True, "int4")]
+)
+def test_codes_go_from_product_to_product(rows: int, zero_point: bool, format: str, chip: str):
+    """Two kernels; what lies between them is written once, as codes of a byte."""
+    k, n = 512, 1200
+
+    def mlp(p: Any, x: Any) -> Any:
+        return (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+
+    rule = qjax.Rule("**", spec(format, PerChannel()), qjax.static(zero_point=zero_point))
+    q, x = qjax.quantize(mlp, [rule]), Shape((rows, k), jnp.bfloat16)
+    params = {name: Shape(shape, x.dtype) for name, shape in (("gate", (k, n)), ("up", (k, n)), ("down", (n, k)))}
+    ranges = {name: {"low": Shape((), jnp.float32), "high": Shape((), jnp.float32)} for name in ("gate", "down")}
+    packed = jax.eval_shape(q.convert, {"params": params, "quant_stats": ranges}, x)
+    text = compiled(q.apply, packed, x, chip=chip)
+    assert text.count(f'custom_call_target="{KERNEL}"') == 2
+    assert set(re.findall(rf"= (\w+)\[(?:1,)?{rows},{n}\]", text)) == {"s8"}
 
 
 # --- Scanned layers --------------------------------------------------------------------------------------------
