@@ -10,8 +10,8 @@ nor CUDA toolkit:
 
 Instructions are counted where `nvdisasm` is installed (pip install nvidia-cuda-nvdisasm). Nothing runs, so nothing here
 says how long a program takes. XLA chooses its own kernels by timing them, so what it makes of ordinary operations here
-is not what it makes of them on a GPU. Tests import this file. As a program it prints a table of all variants of the
-kernels:
+is not what it makes of them on a GPU. Tests import this file. As a program it writes `benchmarks/gpu_compile.md`, a
+table of all variants of the kernels:
 
     python scripts/gpu_compile.py
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import importlib.metadata
 import importlib.util
@@ -57,6 +58,8 @@ from pallas_kernels.kv_cache import CacheSpec
 from pallas_kernels.mosaic_gpu import whole_rows
 from pallas_kernels.qtensor import Layout, QTensor, quantize
 from pallas_kernels.ragged_matmul import quantized_ragged_matmul
+
+PAGE = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_compile.md"
 
 # With the plugin installed JAX would look for a GPU, and fail where there is none.
 jax.config.update("jax_platforms", "cpu")
@@ -604,56 +607,90 @@ def triton_programs() -> Iterator[tuple[str, tuple[Callable[..., Any], Any]]]:
         yield f"{variant} experts", ragged(variant, "kn")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.parse_args()
-    print(f"jax {jax.__version__}, jax-cuda13-plugin {importlib.metadata.version('jax-cuda13-plugin')}")
+# --- The table -----------------------------------------------------------------------------------------------------
 
-    def line(name: str, kernel: Kernel, *more: Any) -> None:
-        print(f"{name:60} {kernel.registers:4} {kernel.spilled:4} {kernel.serialized!s:6}", *more, flush=True)
+Row = tuple[str, Kernel, str, str]
+"""A program, its kernel, the tiles, and instructions as text."""
 
-    def tiles(blocks: Any) -> str:
-        return f"{blocks.m}x{blocks.n}x{blocks.k}/{blocks.ways} x{blocks.stages} splits={blocks.splits}"
 
-    print("Mosaic GPU, sm_90a:", *("registers", "spilled", "serialized", "tiles", "instructions"), sep="  ")
+def _tiles(blocks: Any) -> str:
+    return f"{blocks.m} x {blocks.n} x {blocks.k} / {blocks.ways}, {blocks.stages} stages, {blocks.splits} splits"
+
+
+def mosaic_rows() -> Iterator[Row]:
+    """Kernels of weight-only products for Hopper."""
     for variant in VARIANTS + CODES:
         _, (kernel,) = compile_counted(product(matmul_mosaic_gpu), variant.x(), variant.weight("nk"), chip="h100")
         rows, form = variant.m * (2 if variant.dtype == "float32" else 1), FORMATS[variant.format]
         how: dict[str, Any] = {"kind": form.kind, "out_dtype": jnp.dtype(variant.dtype)}
         blocks = matmul_mosaic_gpu.default_blocks(rows, variant.k, variant.n, form.bits, **how)
         weights = 64 * blocks.k // blocks.ways
-        each = f"{kernel.loop * 8192 / weights:.0f} for 64 x 128 weights" if kernel.loop else "not counted"
-        line(str(variant), kernel, tiles(blocks), each)
+        each = f"{kernel.loop * 8192 / weights:.0f} for 64 x 128 weights" if kernel.loop else ""
+        yield str(variant), kernel, _tiles(blocks), each
     for name, variant in FUSED:
         function, operands = fused(matmul_mosaic_gpu, name, variant, "nk")
         _, (kernel,) = compile_counted(function, *operands, chip="h100")
-        line(f"{variant} {name}", kernel)
+        yield f"{variant} {name}", kernel, "", ""
     for variant, widths in JOINT:
         function, operands = joint(variant, widths)
         _, (kernel,) = compile_counted(function, *operands, chip="h100")
-        line(f"{variant} {widths}", kernel)
-    print("Integers, Mosaic GPU, sm_90a; with zero points of x:")
+        yield f"{variant} {widths}", kernel, "", ""
+
+
+def integer_mosaic_rows() -> Iterator[Row]:
+    """Kernels of products of integers for Hopper, with zero points of x."""
     for variant in INTEGER:
         w, function = variant.weight("nk"), integer_product(integer_matmul_mosaic_gpu, variant.dtype)
         _, (kernel,) = compile_counted(function, *variant.codes(), w, chip="h100")
         blocks = integer_matmul_mosaic_gpu.default_blocks(whole_rows(variant.m), w, ones=8)
-        each = "not counted"
-        if kernel.loop and kernel.products:
-            each = f"{kernel.loop / kernel.products:.0f} for each of {kernel.products} wgmma"
-        line(str(variant), kernel, tiles(blocks), each)
+        each = f"{kernel.loop / kernel.products:.0f} for each of {kernel.products} wgmma" if kernel.products else ""
+        yield str(variant), kernel, _tiles(blocks), each if kernel.loop else ""
     for name, variant in INTEGER_FUSED:
         if integer_matmul_mosaic_gpu.unsupported_epilogue(INTEGER_EPILOGUES[name], variant.weight("nk")) is None:
             function, operands = fused_integers(integer_matmul_mosaic_gpu, name, variant, "nk")
             _, (kernel,) = compile_counted(function, *operands, chip="h100")
-            line(f"{variant} {name}", kernel)
-    for chip in CHIPS:
-        print(f"Triton, {chip}:")
-        for name, (function, operands) in triton_programs():
-            with blocks_gpu.target_chip(chip):
-                _, kernels = compile_triton_counted(function, *operands, chip=chip)
-            for kernel in kernels:  # none without `ptxas`
-                if kernel.name in TRITON:
-                    line(name, kernel, f"{kernel.loop} in the loop" if kernel.loop else "not counted")
+            yield f"{variant} {name}", kernel, "", ""
+
+
+def triton_rows(chip: str) -> Iterator[Row]:
+    """Triton kernels of all kinds; none where `ptxas` is missing."""
+    for name, (function, operands) in triton_programs():
+        with blocks_gpu.target_chip(chip):
+            _, kernels = compile_triton_counted(function, *operands, chip=chip)
+        for kernel in kernels:
+            if kernel.name in TRITON:
+                yield name, kernel, "", f"{kernel.loop} in the loop" if kernel.loop else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.parse_args()
+    sections = [
+        ("Mosaic GPU, sm_90a", mosaic_rows()),
+        ("Mosaic GPU, sm_90a: integers", integer_mosaic_rows()),
+        *((f"Triton, {chip}", triton_rows(chip)) for chip in CHIPS),
+    ]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jax-cuda13-plugin"))
+    lines = [
+        "<!-- Written by scripts/gpu_compile.py; run it again instead of editing. -->",
+        "# Kernels for NVIDIA GPUs, compiled",
+        "",
+        "**Nothing here ran on a GPU.** Registers of a thread and bytes that it spills, as the assembler says; "
+        '"waits" is yes where it made tensor core products wait for each other. Instructions are those of a warp, '
+        "with what is beside them. A name has the format of the weight, the dtype of the result, and M x K x N.",
+        "",
+        f"{versions}, {datetime.date.today().isoformat()}.",
+    ]
+    for title, rows in sections:
+        print(title, flush=True)
+        lines += ["", f"## {title}", "", "| program | registers | spilled | waits | tiles | instructions |"]
+        lines.append("|---|--:|--:|---|---|---|")
+        for name, kernel, tiles, instructions in rows:
+            waits = "yes" if kernel.serialized else ""
+            cells = (name, str(kernel.registers), str(kernel.spilled), waits, tiles, instructions)
+            print(*cells, sep="  ", flush=True)
+            lines.append(f"| {' | '.join(cells)} |")
+    PAGE.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
