@@ -9,8 +9,8 @@ round it, and writes a byte for each value: 5 bytes for each value of a bfloat16
 nothing for what it fuses with the operation before. On an H100 that takes as long, from memory, as the product with
 some 1500 columns would at its peak: with several matmuls that share an input, it is done once.
 
-What a program does with the results is done in the kernel (`fused_kernel`), which writes codes where the next product
-takes codes with a range known before: nothing is read or written for those, as above, then.
+What a program does with the results is done in the kernel (`fused_kernel`). Where the next product takes codes with a
+range known before, Triton's writes them, and that rounding costs no reading and writing; on Hopper XLA makes them.
 
 **Only in `target_chip`**, as the kernels of `matmul_gpu`: none of them has run on a GPU yet.
 """

@@ -218,14 +218,7 @@ def _multiplied(
     results = [out[..., :m, :] for out in _call(product, of_x, packed, read, interpret)]
     if whole:
         return results[0][0].reshape(*stack, m, n)
-    dtype = out_dtype if epilogue is None else jnp.dtype(jnp.float32)
-    products = [
-        integer_operands_gpu.rescale_parts(out, x.scale, sums, w, layer, dtype)
-        for out, w, layer in zip(results, weights, layers, strict=True)
-    ]
-    if epilogue is None:
-        return products[0]
-    return epilogue([a.reshape(batch, m, n) for a in products], others).reshape(*stack, m, n)
+    return integer_operands_gpu.finish_parts(results, x.scale, sums, weights, layers, others, epilogue, out_dtype)
 
 
 def unsupported(x: Any, w: QTensor, out_dtype: Any) -> str | None:

@@ -7,11 +7,13 @@ scales, where K was split among blocks and their parts are sums of integers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, Int32
 
+from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.exact import finite
 from pallas_kernels.integer_matmul_cpu import rescale
 from pallas_kernels.matmul_reference import pick_layer
@@ -42,7 +44,35 @@ def row_sums(x: Int8[Array, "B M K"], zero: Float[Array, "B M 1"] | None, group:
     return jnp.swapaxes(sums, 1, 2)
 
 
-def rescale_parts(
+def finish_parts(
+    results: Sequence[Int32[Array, "splits B M N"]],
+    scale: Float[Array, "*stack M 1"],
+    sums: Int32[Array, "B 1 M"] | None,
+    weights: Sequence[QTensor],
+    layers: Sequence[Int[Array, ""] | int | None],
+    others: Sequence[Float[Array, "_ _ _"]],
+    epilogue: Epilogue | None,
+    out_dtype: Any,
+) -> Array:
+    """What the epilogue makes of products whose K was split, or the only product.
+
+    Args:
+        results: for each weight, as for `_rescale_parts`, whose other arguments are these too.
+        scale, sums, weights, layers, out_dtype: see there.
+        others, epilogue: as for `fused_matmul` of a kernel; without an epilogue there is one weight.
+    """
+    dtype = out_dtype if epilogue is None else jnp.dtype(jnp.float32)
+    products = [
+        _rescale_parts(parts, scale, sums, w, layer, dtype)
+        for parts, w, layer in zip(results, weights, layers, strict=True)
+    ]
+    if epilogue is None:
+        return products[0]
+    shape = products[0].shape
+    return epilogue([a.reshape(-1, *shape[-2:]) for a in products], others).reshape(shape)
+
+
+def _rescale_parts(
     parts: Int32[Array, "splits B M N"],
     scale: Float[Array, "*stack M 1"],
     sums: Int32[Array, "B 1 M"] | None,

@@ -241,10 +241,9 @@ def operand_dtype(x: Any, weight: Any, precision: Any) -> jnp.dtype:
 _VMEM = 11 * 2**20
 MOST_M, _MOST_K = 512, 2048
 STRIP = 16  # rows of a tile that go through an epilogue at a time: a multiple of the rows of a register
-_DEEP = ("v6e", "7x")  # their matrix units are 256 deep, those of the others 128
+_LATER = ("v6e", "7x")  # matrix units 256 deep instead of 128, a vector unit that has bfloat16 and gathers bytes
+_EARLIER = ("v5e", "v5p")
 _MOST_BIASED = 32  # rows of x in a tile: with more, conversion of codes is not what takes the time
-_NO_BFLOAT16_ARITHMETIC = ("v5e", "v5p")
-_GATHERS_BYTES = ("v6e", "7x")
 _MOST_CUT = 64  # rows of x: with so few the compiler overlaps several short dots better than it does the parts of one
 _STEP = 128  # a step of the grid takes about as long as so many rows of a tile more
 
@@ -309,7 +308,7 @@ def _cuts_depth(group: int) -> bool:
 
 def _depth(rows: int) -> int:
     """Of the matrix unit, as far as filling it pays with so many rows of x."""
-    return 2 * LANES if blocks_tpu.chip() in _DEEP and rows <= 16 else LANES
+    return 2 * LANES if blocks_tpu.chip() in _LATER and rows <= 16 else LANES
 
 
 def _k_unit(k: int, spec: QuantSpec, order: str) -> int:
@@ -394,12 +393,14 @@ class Product:
             rounding = tuple(d for d in (w.dtype, *casts) if d == jnp.bfloat16)
         if transpose or rounding or not (whole or _cuts_depth(group)):
             blocks = dataclasses.replace(blocks, scale="before")
-        codes, after = "plain", blocks.scale == "after"
+        codes, after, chip = "plain", blocks.scale == "after", blocks_tpu.chip()
         if dtype == jnp.bfloat16 and not transpose:
-            if tile_tpu.can_bias(w.spec.format) and blocks_tpu.chip() in _NO_BFLOAT16_ARITHMETIC:
-                codes = "biased" if after and group >= LANES // 2 and blocks.m <= _MOST_BIASED else "plain"
-            elif tile_tpu.can_gather_bytes(w.spec.format) and blocks_tpu.chip() in _GATHERS_BYTES:
-                codes = "gathered" if after or group % LANES == 0 or group in (32, 64) else "plain"
+            few = group >= LANES // 2 and blocks.m <= _MOST_BIASED
+            if chip in _EARLIER and tile_tpu.can_bias(w.spec.format) and after and few:
+                codes = "biased"
+            whole_registers = group % LANES == 0 or group in (32, 64)  # also of every fourth row
+            if chip in _LATER and tile_tpu.can_gather_bytes(w.spec.format) and (after or whole_registers):
+                codes = "gathered"
         return Product(w.spec, w.layout.k, w.layout.n, order, transpose, blocks, dtype, rounding, codes)
 
     def ordered(self, x: Float[Array, "*B K"]) -> Float[Array, "*B _"]:
@@ -423,7 +424,7 @@ class Product:
     def paired(self) -> bool:
         """Whether the copies of scales and zero points are `_paired`, so that rows of them need no conversion."""
         whole_registers = self.group % (LANES // 2) == 0  # also where four rows out of order share a group
-        return self.blocks.scale == "before" and self.narrow and whole_registers and blocks_tpu.chip() in _DEEP
+        return self.blocks.scale == "before" and self.narrow and whole_registers and blocks_tpu.chip() in _LATER
 
     @property
     def moved(self) -> bool:
@@ -632,9 +633,8 @@ def accumulate(
     """
     blocks = product.blocks
     size, tile = product.contracted
-    left = (
-        _round_up(size, LANES) if product.moved else size
-    ) - step * tile  # of the contracted axis, from this tile on
+    size = _round_up(size, LANES) if product.moved else size  # as `ordered` pads x
+    left = size - step * tile  # of the contracted axis, from this tile on
     copies = buffers
 
     @pl.when(step == 0)
@@ -701,7 +701,7 @@ def _dot(x: Array, w: Array, product: Product, axis: int) -> Array:
     """Contracts the last axis of x with this one of w."""
     precision = lax.Precision.HIGHEST if product.dtype == jnp.float32 else lax.Precision.DEFAULT
     k = x.shape[1]
-    depth = min(k, 2 * LANES) if blocks_tpu.chip() in _DEEP and x.shape[0] <= _MOST_CUT else k
+    depth = min(k, 2 * LANES) if blocks_tpu.chip() in _LATER and x.shape[0] <= _MOST_CUT else k
 
     def part(i: int) -> Array:
         dimensions = (((1,), (axis,)), ((), ()))

@@ -13,7 +13,8 @@ those products, and no float is stored. If something else reads it too, it stays
 (A dynamic range, say of each token, is known only once all of the row is.)
 
 A region is carried out by `fused_matmul`, where its last equation stands. On TPU, and on NVIDIA GPUs in `target_chip`,
-that is one kernel; elsewhere it is the program's own operations, bit for bit. Only served models have regions: training runs none of this.
+that is one kernel; elsewhere it is the program's own operations, bit for bit. Only served models have regions: training
+runs none of this.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import lax
+from test_inputs import trained_and_served
 
 import qjax
 from pallas_kernels import activations, matmul_cpu, matmul_mosaic_gpu, matmul_triton
@@ -247,16 +248,7 @@ def test_trained_and_served_model_multiply_the_codes(name: str, formats: str):
     assert plan["w"].order == "nk"
     packed = q.convert(params, x)
 
-    @jax.jit
-    def run(params, packed, x):
-        def loss(params, x):
-            out = q(params, x)
-            return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)), out
-
-        (_, trained), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-        (_, served), x_grad = jax.value_and_grad(loss, argnums=1, has_aux=True)(packed, x)
-        return trained, served, grads, x_grad
-
+    run = trained_and_served(q)
     assert (str(jax.make_jaxpr(run)(params, packed, x)).count("fp8_matmul[") > 0) == (not why)
     trained, served, (w_grad, x_grad), served_grad = run(params, packed, x)
     w_hat, x_hat = np.asarray(packed["w"].dequantize(), np.float64), exact(x, spec, axes)

@@ -77,6 +77,22 @@ OPERATIONS = {
 }
 
 
+def trained_and_served(q: Any) -> Any:
+    """Of parameters, packed ones and an input: both results, and gradients, of packed ones in the input alone."""
+
+    @jax.jit
+    def run(params, packed, x):
+        def loss(params, x):
+            out = q(params, x)
+            return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)), out
+
+        (_, trained), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+        (_, served), x_grad = jax.value_and_grad(loss, argnums=1, has_aux=True)(packed, x)
+        return trained, served, grads, x_grad
+
+    return run
+
+
 @pytest.mark.parametrize("zero_point", [False, True])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_product_is_that_of_the_codes(name: str, zero_point: bool):
@@ -90,16 +106,7 @@ def test_product_is_that_of_the_codes(name: str, zero_point: bool):
     assert [site.product for site in plan.sites] == ["integer"]
     packed = q.convert(params, x)
 
-    @jax.jit
-    def run(params, packed, x):
-        def loss(params, x):
-            out = q(params, x)
-            return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)), out
-
-        (_, trained), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-        (_, served), x_grad = jax.value_and_grad(loss, argnums=1, has_aux=True)(packed, x)
-        return trained, served, grads, x_grad
-
+    run = trained_and_served(q)
     trained, served, (w_grad, x_grad), served_grad = run(params, packed, x)
     w_hat = np.asarray(packed["w"].dequantize(), np.float64)
     x_hat = codes_of(x, spec, axes)
