@@ -3,56 +3,57 @@
 import importlib.util
 from typing import TYPE_CHECKING
 
-from pallas_kernels.activations import ActSpec as ActSpec
-from pallas_kernels.activations import EntropyRange as EntropyRange
-from pallas_kernels.activations import MinMax as MinMax
-from pallas_kernels.activations import MovingAverage as MovingAverage
-from pallas_kernels.activations import MseRange as MseRange
-from pallas_kernels.activations import Percentile as Percentile
-from pallas_kernels.chips import target_chip as target_chip
-from pallas_kernels.formats import (
+from qjax.artifact.exported import ExportedModel as ExportedModel
+from qjax.artifact.exported import load_exported as load_exported
+from qjax.checkpoint.folder import CheckpointError as CheckpointError
+from qjax.compile.calibration import Calibration as Calibration
+from qjax.pallas_kernels.chips.target import target_chip as target_chip
+from qjax.pallas_kernels.numbers.activation_ranges import ActSpec as ActSpec
+from qjax.pallas_kernels.numbers.activation_ranges import EntropyRange as EntropyRange
+from qjax.pallas_kernels.numbers.activation_ranges import MinMax as MinMax
+from qjax.pallas_kernels.numbers.activation_ranges import MovingAverage as MovingAverage
+from qjax.pallas_kernels.numbers.activation_ranges import MseRange as MseRange
+from qjax.pallas_kernels.numbers.activation_ranges import Percentile as Percentile
+from qjax.pallas_kernels.numbers.formats import (
     FORMATS as FORMATS,
 )
-from pallas_kernels.formats import (
+from qjax.pallas_kernels.numbers.formats import (
     AbsMax as AbsMax,
 )
-from pallas_kernels.formats import (
+from qjax.pallas_kernels.numbers.formats import (
     MseSearch as MseSearch,
 )
-from pallas_kernels.formats import (
+from qjax.pallas_kernels.numbers.formats import (
     PerChannel as PerChannel,
 )
-from pallas_kernels.formats import (
+from qjax.pallas_kernels.numbers.formats import (
     PerGroup as PerGroup,
 )
-from pallas_kernels.formats import (
+from qjax.pallas_kernels.numbers.formats import (
     PerTensor as PerTensor,
 )
-from pallas_kernels.formats import (
+from qjax.pallas_kernels.numbers.formats import (
     QuantSpec as QuantSpec,
 )
-from pallas_kernels.formats import (
+from qjax.pallas_kernels.numbers.formats import (
     QuickSearch as QuickSearch,
 )
-from pallas_kernels.formats import (
+from qjax.pallas_kernels.numbers.formats import (
     SignedMax as SignedMax,
 )
-from pallas_kernels.kv_cache import CacheSpec as CacheSpec
-from pallas_kernels.kv_cache import QCache as QCache
-from pallas_kernels.qtensor import QTensor as QTensor
-from passes.plan import Plan as Plan
-from passes.plan import PlanError as PlanError
-from passes.plan import Rule as Rule
-from qjax.exported import ExportedModel as ExportedModel
-from qjax.exported import load_exported as load_exported
-from qjax.ranges import Calibration as Calibration
-from qjax.ranges import Schedule as Schedule
+from qjax.pallas_kernels.packed.qcache import CacheSpec as CacheSpec
+from qjax.pallas_kernels.packed.qcache import QCache as QCache
+from qjax.pallas_kernels.packed.qtensor import QTensor as QTensor
+from qjax.passes.plan.decisions import Plan as Plan
+from qjax.passes.plan.rules import PlanError as PlanError
+from qjax.passes.plan.rules import Rule as Rule
 from qjax.recipes import (
     RECIPES as RECIPES,
 )
 from qjax.recipes import (
     Recipe as Recipe,
 )
+from qjax.recipes import Schedule as Schedule
 from qjax.recipes import cache as cache
 from qjax.recipes import dynamic as dynamic
 from qjax.recipes import (
@@ -91,32 +92,23 @@ from qjax.recipes import (
 )
 from qjax.recipes import pact as pact
 from qjax.recipes import static as static
-from qjax.storage import CheckpointError as CheckpointError
 
 # A machine that serves an exported model needs no Flax.
 if TYPE_CHECKING or importlib.util.find_spec("flax"):
-    from qjax.arrange import arrange as arrange
-    from qjax.checkpoint import restore as restore
-    from qjax.checkpoint import save as save
-    from qjax.export import export as export
-    from qjax.lora import LoraFunction as LoraFunction
-    from qjax.lora import LoraLinen as LoraLinen
-    from qjax.lora import LoraNNX as LoraNNX
-    from qjax.lora import lora as lora
-    from qjax.model import (
-        QuantizedFunction as QuantizedFunction,
-    )
-    from qjax.model import (
-        QuantizedLinen as QuantizedLinen,
-    )
-    from qjax.model import (
-        QuantizedNNX as QuantizedNNX,
-    )
-    from qjax.model import (
-        quantize as quantize,
-    )
-    from qjax.report import Comparison as Comparison
-    from qjax.report import compare as compare
+    from qjax.artifact.export import export as export
+    from qjax.checkpoint.orbax import restore as restore
+    from qjax.checkpoint.orbax import save as save
+    from qjax.models.arrange import arrange as arrange
+    from qjax.models.function import QuantizedFunction as QuantizedFunction
+    from qjax.models.linen import QuantizedLinen as QuantizedLinen
+    from qjax.models.lora import LoraFunction as LoraFunction
+    from qjax.models.lora import LoraLinen as LoraLinen
+    from qjax.models.lora import LoraNNX as LoraNNX
+    from qjax.models.lora import lora as lora
+    from qjax.models.nnx import QuantizedNNX as QuantizedNNX
+    from qjax.models.quantize import quantize as quantize
+    from qjax.report.compare import Comparison as Comparison
+    from qjax.report.compare import compare as compare
 else:
 
     def __getattr__(name: str):

@@ -6,8 +6,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from pallas_kernels.activations import ActSpec, Dynamic, LearnedClip, LearnedStep, MovingAverage, MseRange, Observer
-from pallas_kernels.formats import (
+from qjax.pallas_kernels.numbers.activation_ranges import (
+    ActSpec,
+    Dynamic,
+    LearnedClip,
+    LearnedStep,
+    MovingAverage,
+    MseRange,
+    Observer,
+)
+from qjax.pallas_kernels.numbers.formats import (
     FORMATS,
     AbsMax,
     MseSearch,
@@ -17,10 +25,27 @@ from pallas_kernels.formats import (
     QuantSpec,
     QuickSearch,
 )
-from pallas_kernels.kv_cache import CacheSpec
-from passes.kv_cache import CacheRule
-from passes.plan import PlanError, Rule, check_patterns
-from qjax.ranges import Schedule
+from qjax.pallas_kernels.packed.qcache import CacheSpec
+from qjax.passes.plan.rules import CacheRule, PlanError, Rule, check_patterns
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When quantization-aware training quantizes, in calls that update `quant_stats`.
+
+    Attributes:
+        start: the first step whose weights and activations are quantized; the model is the float one before.
+        freeze: the first step that no longer updates moving averages; None for never.
+    """
+
+    start: int = 0
+    freeze: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the steps."""
+        if self.start < 0 or (self.freeze is not None and self.freeze < 0):
+            raise ValueError(f"qjax: {self!r}: steps are counted from 0.")
+
 
 ScaleDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -84,10 +109,15 @@ _DEFAULT_GROUPS: dict[str, int | None] = {
     "fp8_e4m3": None,
     "fp8_e5m2": None,
 }
+
 _MAKERS = {name: _format(name, group) for name, group in _DEFAULT_GROUPS.items()}
+
 int2, int3, int4, int5 = (_MAKERS[f"int{bits}"] for bits in (2, 3, 4, 5))
+
 int6, int7, int8 = (_MAKERS[f"int{bits}"] for bits in (6, 7, 8))
+
 nf4, fp4_e2m1 = _MAKERS["nf4"], _MAKERS["fp4_e2m1"]
+
 fp8_e4m3, fp8_e5m2 = _MAKERS["fp8_e4m3"], _MAKERS["fp8_e5m2"]
 
 

@@ -39,8 +39,8 @@ from jax import lax
 from llama import Config, Decoder, nbytes
 
 import qjax
-from pallas_kernels.blocks_gpu import CHIPS
-from pallas_kernels.qtensor import QTensor, is_packed, quantize
+from qjax.pallas_kernels.chips.gpu import CHIPS
+from qjax.pallas_kernels.packed.qtensor import QTensor, is_packed, quantize
 
 SCALE = qjax.AbsMax()  # of random weights, no better one needs to be looked for
 RECIPES: dict[str, list[qjax.Rule] | None] = {

@@ -23,12 +23,14 @@ from rich.console import Console
 from rich.table import Table
 from timing import medians
 
-from pallas_kernels.activations import ActSpec, quantize
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-from pallas_kernels.integer_matmul import integer_matmul
-from pallas_kernels.matmul import quantized_matmul
-from pallas_kernels.qtensor import Layout, QTensor
-from pallas_kernels.qtensor import quantize as pack
+from qjax.pallas_kernels.numbers.activation_ranges import ActSpec
+from qjax.pallas_kernels.numbers.activations import quantize
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+from qjax.pallas_kernels.ops.integer_matmul.api import integer_matmul
+from qjax.pallas_kernels.ops.matmul.api import quantized_matmul
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor
+from qjax.pallas_kernels.packed.qtensor import quantize as pack
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "benchmarks" / "integer.md"

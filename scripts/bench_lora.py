@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 import qjax
-from pallas_kernels.qtensor import quantize
-from passes.adapters import attach
-from passes.replay import replay
-from passes.sites import find_sites
-from passes.trace import path_name, trace
+from qjax.pallas_kernels.packed.qtensor import quantize
+from qjax.passes.analysis.sites import find_sites
+from qjax.passes.jaxpr.replay import replay
+from qjax.passes.jaxpr.trace import path_name, trace
+from qjax.passes.rewrites.adapters import attach
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "benchmarks" / "lora.md"

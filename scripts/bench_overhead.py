@@ -31,8 +31,9 @@ from rich.table import Table
 from timing import medians
 
 import qjax
-from pallas_kernels.matmul import quantized_matmul
-from pallas_kernels.qtensor import Layout, quantize
+from qjax.pallas_kernels.ops.matmul.api import quantized_matmul
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "benchmarks" / "overhead.md"

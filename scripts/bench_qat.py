@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qjax
-from qjax.report import compare
+from qjax.report.compare import compare
 
 TARGET = Path(__file__).resolve().parent.parent / "benchmarks" / "activations.md"
 FLOAT_EMBEDDING = qjax.Rule("embed/**", None)  # the peer leaves the embedding float

@@ -36,7 +36,7 @@ from rich.progress import track
 from rich.table import Table
 
 import qjax
-from qjax.report import Comparison, compare
+from qjax.report.compare import Comparison, compare
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "benchmarks" / "quality.md"

@@ -26,10 +26,13 @@ from jax.experimental.pallas import tpu as pltpu
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels import integer_matmul_tpu, matmul_tpu
-from pallas_kernels.blocks_tpu import target_chip
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-from pallas_kernels.qtensor import Layout, QTensor, quantize
+from qjax.pallas_kernels.chips.tpu import target_chip
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+from qjax.pallas_kernels.ops.integer_matmul import tpu as integer_matmul_tpu
+from qjax.pallas_kernels.ops.matmul import tpu as matmul_tpu
+from qjax.pallas_kernels.ops.matmul import tpu_tiles as matmul_tpu_tiles
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "benchmarks" / "tpu_static.md"
@@ -101,7 +104,7 @@ def packed(format: str, group: int | None, order: Any = "kn") -> QTensor:
 
 def weight_only(m: int, depth: int, *, format: str, group: int | None) -> tuple[Callable[..., Any], list[Any]]:
     w = packed(format, group)
-    chosen = matmul_tpu.default_blocks(m, K, N, w.spec, jnp.bfloat16)
+    chosen = matmul_tpu_tiles.default_blocks(m, K, N, w.spec, jnp.bfloat16)
     blocks = dataclasses.replace(chosen, n=TILE_N, k=depth)
     options = {"layer": None, "casts": (), "precision": None, "preferred_element_type": None, "transpose": False}
     call = functools.partial(matmul_tpu.matmul, **options, blocks=blocks)

@@ -13,7 +13,7 @@ after each task, in one step.
 * `program`: products with an epilogue, several in one kernel, other formats and the transposed one, against float64.
 * `time_program`: NF4, and a gated pair, beside bfloat16.
 * `sweep`: one such product in the tiles that `default_blocks` likes best. The fastest ones make a table,
-  `blocks_gpu.json`, that can replace the one of `pallas_kernels`.
+  `chips/gpu.json`, that can replace the one of `pallas_kernels`.
 * `attention`, `experts`, `time_attention`: `scripts/gpu_check_attention.py`.
 * `fp8`, `time_fp8`: `scripts/gpu_check_fp8.py`.
 * `fused`, `time_mlp`: `scripts/gpu_check_fused.py`.
@@ -236,10 +236,12 @@ def runs(kernel: str, dry: bool) -> bool:
 
 def product(kernel: str, dry: bool) -> Callable[..., Any]:
     """`matmul` of a kernel as a function of x, the weight, the layer, and tiles."""
-    from pallas_kernels import matmul_mosaic_gpu, matmul_reference, matmul_triton
+    from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+    from qjax.pallas_kernels.ops.matmul import reference as matmul_reference
+    from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
 
     options: dict[str, Any] = {"casts": (), "precision": None, "preferred_element_type": None, "transpose": False}
-    module = {"mosaic": matmul_mosaic_gpu, "triton": matmul_triton}[kernel]
+    module = {"mosaic": matmul_mosaic, "triton": matmul_triton}[kernel]
 
     def run(x: Any, w: Any, layer: Any, blocks: Any = None) -> Any:
         refuse(module.unsupported(x, w, (), x.dtype))
@@ -256,9 +258,11 @@ def check(dry: bool, **fields: Any) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels import gpu_operands, matmul_mosaic_gpu
-    from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-    from pallas_kernels.qtensor import Layout, quantize
+    from qjax.pallas_kernels.backends import gpu_operands
+    from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+    from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+    from qjax.pallas_kernels.packed.layout import Layout
+    from qjax.pallas_kernels.packed.qtensor import quantize
 
     case = Check(**fields)
     if dry:
@@ -311,7 +315,7 @@ def check(dry: bool, **fields: Any) -> dict[str, Any]:
         "relative": relative,
         "eps": eps,
         "seed": seed,
-        "tiles": str(matmul_mosaic_gpu.default_blocks(case.m, case.k, case.n, FORMATS[case.format].bits))
+        "tiles": str(matmul_mosaic.default_blocks(case.m, case.k, case.n, FORMATS[case.format].bits))
         if case.kernel == "mosaic"
         else None,
     }
@@ -324,10 +328,14 @@ def program(dry: bool, **fields: Any) -> dict[str, Any]:
     import numpy as np
     from jax.extend.core import primitives as prims
 
-    from pallas_kernels import gpu_operands, matmul_gpu, matmul_mosaic_gpu, matmul_triton
-    from pallas_kernels.epilogue import Epilogue, Step
-    from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-    from pallas_kernels.qtensor import Layout, quantize
+    from qjax.pallas_kernels.backends import gpu_operands
+    from qjax.pallas_kernels.backends.epilogue import Epilogue, Step
+    from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+    from qjax.pallas_kernels.ops.matmul import gpu as matmul_gpu
+    from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+    from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
+    from qjax.pallas_kernels.packed.layout import Layout
+    from qjax.pallas_kernels.packed.qtensor import quantize
 
     case = Program(**fields)
     if dry:
@@ -355,7 +363,7 @@ def program(dry: bool, **fields: Any) -> dict[str, Any]:
     widths = (case.n, 64, 192) if case.what == "joint" else (case.n,) * (epilogue.products if epilogue else 1)
     weights, x = [packed(n) for n in widths], normal(case.m, case.n if transpose else case.k)
     others = [normal(1, 1, case.n), normal(1, case.m, case.n)] if case.what == "bias, residual" else []
-    module: Any = {"mosaic": matmul_mosaic_gpu, "triton": matmul_triton}[case.kernel]
+    module: Any = {"mosaic": matmul_mosaic, "triton": matmul_triton}[case.kernel]
     how: dict[str, Any] = {"casts": (), "precision": None, "preferred_element_type": f32}
     refuse(module.unsupported(x, weights[0], (), f32, transpose=transpose))
     refuse(module.unsupported_epilogue(epilogue) if epilogue else None)
@@ -369,7 +377,7 @@ def program(dry: bool, **fields: Any) -> dict[str, Any]:
         if epilogue:
             layers = [None] * len(weights)
             return [module.fused_matmul(x, weights, others, layers=layers, epilogue=epilogue, **how)]
-        if case.what == "joint" and module is matmul_mosaic_gpu:
+        if case.what == "joint" and module is matmul_mosaic:
             return module.joint_matmul(x, weights, layers=[None] * len(weights), **how)
         return [module.matmul(x, w, layer=None, transpose=transpose, **how) for w in weights]
 
@@ -403,9 +411,10 @@ def time_program(dry: bool, what: str, k: int, n: int, m: int) -> dict[str, Any]
     import jax.numpy as jnp
     from jax.extend.core import primitives as prims
 
-    from pallas_kernels import matmul_gpu, matmul_mosaic_gpu
-    from pallas_kernels.epilogue import Epilogue, Step
-    from pallas_kernels.qtensor import reorder
+    from qjax.pallas_kernels.backends.epilogue import Epilogue, Step
+    from qjax.pallas_kernels.ops.matmul import gpu as matmul_gpu
+    from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+    from qjax.pallas_kernels.packed.qtensor import reorder
 
     k, n, m = small(k, n, m, dry)
     pair = what.startswith("gated")
@@ -415,13 +424,13 @@ def time_program(dry: bool, what: str, k: int, n: int, m: int) -> dict[str, Any]
     floats = [0.02 * jax.random.normal(key, (k, n), jnp.bfloat16) for key in jax.random.split(keys[1], copies)]
     packed = random_weight("int4" if pair else "nf4", 128 if pair else 64, k, n, each * copies_of(k, n, 4))
     kernel = "mosaic"
-    if matmul_mosaic_gpu.unsupported(x, packed, (), x.dtype) is not None:
+    if matmul_mosaic.unsupported(x, packed, (), x.dtype) is not None:
         kernel, packed = "triton", reorder(packed, "kn")
     bf16 = jnp.dtype(jnp.bfloat16)
     steps = (Step(prims.logistic_p, (0,), (("accuracy", None),), bf16), Step(prims.mul_p, (0, 2), (), bf16))
     epilogue = Epilogue(bf16, 2, 0, (*steps, Step(prims.mul_p, (3, 1), (), bf16)), 4)
     how: dict[str, Any] = {"casts": (), "precision": None, "preferred_element_type": None}
-    module = matmul_gpu if dry else matmul_mosaic_gpu
+    module = matmul_gpu if dry else matmul_mosaic
 
     @jax.jit
     def gated(x: Any, w: Any, i: Any) -> Any:
@@ -448,9 +457,10 @@ def random_weight(format: str, group: int | None, k: int, n: int, copies: int) -
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-    from pallas_kernels.numerics import Scales
-    from pallas_kernels.qtensor import Layout, QTensor
+    from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+    from qjax.pallas_kernels.numbers.stored_scales import Scales
+    from qjax.pallas_kernels.packed.layout import Layout
+    from qjax.pallas_kernels.packed.qtensor import QTensor
 
     scale = "bfloat16" if group else "float32"
     spec = QuantSpec(
@@ -549,7 +559,8 @@ def sweep(dry: bool, k: int, n: int, m: int, weight: str, most: int) -> dict[str
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels import blocks_tpu, matmul_mosaic_gpu
+    from qjax.pallas_kernels.chips import table
+    from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
 
     k, n, m = small(k, n, m, dry)
     format, group = WEIGHTS[weight]
@@ -557,7 +568,7 @@ def sweep(dry: bool, k: int, n: int, m: int, weight: str, most: int) -> dict[str
     x = jax.random.normal(jax.random.key(int.from_bytes(os.urandom(3), "little")), (m, k), jnp.bfloat16)
     w = random_weight(format, group, k, n, copies_of(k, n, bits))
     spoiled = spoiled_tiles(weight)
-    ranked = matmul_mosaic_gpu.ranked(m, k, n, bits, out_dtype=jnp.bfloat16)
+    ranked = matmul_mosaic.ranked(m, k, n, bits, out_dtype=jnp.bfloat16)
     ranked = [blocks for blocks in ranked if (blocks.m, blocks.n, blocks.k, blocks.ways) not in spoiled]
     # The best ones, and the best of each shape: the order among shapes is what is least certain.
     shapes: dict[Any, Any] = {}
@@ -580,17 +591,18 @@ def sweep(dry: bool, k: int, n: int, m: int, weight: str, most: int) -> dict[str
             errors[name] = f"{type(error).__name__}: {error}"[:300]
     seconds = {name: s / w.words.shape[0] for name, s in medians(programs, dry).items()}
     best = min(seconds, key=lambda name: seconds[name])
-    row = {"weight": blocks_tpu.weight(w.spec, k), "x": "bfloat16", "k": k, "n": n, "m": m, "blocks": names[best]}
+    row = {"weight": table.weight(w.spec, k), "x": "bfloat16", "k": k, "n": n, "m": m, "blocks": names[best]}
     default = json.dumps(dataclasses.asdict(ranked[0]))
     return {"row": row, "best": seconds[best], "default": seconds.get(default), "seconds": seconds, "errors": errors}
 
 
 def integer_product(kernel: str, dry: bool) -> Callable[..., Any]:
     """`matmul` of a kernel of `integer_matmul`, as a function."""
-    from pallas_kernels import integer_matmul_mosaic_gpu, integer_matmul_triton
-    from pallas_kernels.integer_matmul import matmul_reference
+    from qjax.pallas_kernels.ops.integer_matmul import mosaic as integer_matmul_mosaic
+    from qjax.pallas_kernels.ops.integer_matmul import triton as integer_matmul_triton
+    from qjax.pallas_kernels.ops.integer_matmul.reference import matmul as matmul_reference
 
-    module = {"mosaic": integer_matmul_mosaic_gpu, "triton": integer_matmul_triton}[kernel]
+    module = {"mosaic": integer_matmul_mosaic, "triton": integer_matmul_triton}[kernel]
 
     def run(x: Any, scale: Any, zero: Any, w: Any, layer: Any, dtype: str) -> Any:
         refuse(module.unsupported(x, w, dtype))
@@ -607,9 +619,10 @@ def integers(dry: bool, **fields: Any) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-    from pallas_kernels.numerics import Scales
-    from pallas_kernels.qtensor import Layout, QTensor
+    from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+    from qjax.pallas_kernels.numbers.stored_scales import Scales
+    from qjax.pallas_kernels.packed.layout import Layout
+    from qjax.pallas_kernels.packed.qtensor import QTensor
 
     case = IntegerCheck(**fields)
     if dry:
@@ -671,15 +684,15 @@ def time_integers(dry: bool, k: int, n: int, m: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels import activations
-    from pallas_kernels.formats import FORMATS
+    from qjax.pallas_kernels.numbers import activation_ranges, activations
+    from qjax.pallas_kernels.numbers.formats import FORMATS
 
     k, n, m = small(k, n, m, dry)
     keys = jax.random.split(jax.random.key(int.from_bytes(os.urandom(3), "little")), 2)
     xs = [jax.random.normal(key, (m, k), jnp.bfloat16) for key in jax.random.split(keys[0], 2)]
     copies = copies_of(k, n, 16)
     floats = [0.02 * jax.random.normal(key, (k, n), jnp.bfloat16) for key in jax.random.split(keys[1], copies)]
-    spec = activations.ActSpec(FORMATS["int8"], zero_point=True)
+    spec = activation_ranges.ActSpec(FORMATS["int8"], zero_point=True)
 
     def rounded(x: Any) -> tuple[Any, ...]:
         activation = activations.quantize(x, spec, (1,))
@@ -994,7 +1007,7 @@ def summary(entry: dict[str, Any]) -> str:
 
 
 def write(record: dict[str, Any], out: Path) -> None:
-    """`gpu.json`, `gpu.md` and `blocks_gpu.json`, each in one step."""
+    """`gpu.json`, `gpu.md` and `chips/gpu.json`, each in one step."""
     out.mkdir(parents=True, exist_ok=True)
     texts = {"gpu.json": json.dumps(record, indent=1) + "\n", "gpu.md": page(record)}
     if any(entry["do"] == "sweep" for entry in record["results"]):
@@ -1011,8 +1024,8 @@ def results(record: dict[str, Any], do: str) -> list[dict[str, Any]]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The tiles that were fastest, as `pallas_kernels/blocks_gpu.json` has them."""
-    from pallas_kernels.blocks_gpu import CHIPS, ROWS
+    """The tiles that were fastest, as `pallas_kernels/chips/gpu.json` has them."""
+    from qjax.pallas_kernels.chips.gpu import CHIPS, ROWS
 
     infos = results(record, "info")
     kind = infos[0]["result"]["device"] if infos else ""

@@ -97,7 +97,8 @@ def _attention_spec(d: int, dtype: Any) -> Any:
     """Of q (B, H, M, D) and caches (B, T, H, D), with a mask (B, 1, M, T)."""
     import jax.numpy as jnp
 
-    from pallas_kernels.cache_attention import AttentionSpec, Dot
+    from qjax.pallas_kernels.ops.cache_attention.reference import AttentionSpec
+    from qjax.pallas_kernels.ops.cache_attention.reference import CacheDot as Dot
 
     heads, dtype = ((0, 1), (0, 2)), jnp.dtype(dtype)
     scores, result = (Dot((((3,), (axis,)), heads), 1, None, dtype) for axis in (3, 1))
@@ -123,26 +124,27 @@ def attention(dry: bool, **fields: Any) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels import cache_attention_gpu, kv_cache
-    from pallas_kernels.formats import FORMATS
+    from qjax.pallas_kernels.numbers.formats import FORMATS
+    from qjax.pallas_kernels.ops.cache_attention import triton as cache_attention_triton
+    from qjax.pallas_kernels.packed import qcache
 
     case, generator = AttentionCheck(**fields), _generator()
     if dry:
         case = dataclasses.replace(case, t=min(case.t, 70), queries=min(case.queries, 5))
     lead, heads, m = () if case.layer is None else (3,), 4, case.queries * case.shared
-    spec = kv_cache.CacheSpec(FORMATS[case.format], case.zero_point)
+    spec = qcache.CacheSpec(FORMATS[case.format], case.zero_point)
 
     def normal(*shape: int) -> Any:
         return jnp.asarray(0.3 + generator.standard_normal(shape), case.dtype)
 
-    pack = jax.jit(lambda a: kv_cache.quantize(a, spec, -1))
+    pack = jax.jit(lambda a: qcache.quantize(a, spec, -1))
     keys, values = (pack(normal(*lead, 2, case.t, heads, case.d)) for _ in range(2))
     q = normal(2, heads, m, case.d)
     last = np.asarray([case.t - 1, case.t // 3 + case.queries])[:, None] - np.arange(case.queries)[::-1]
     mask = np.arange(case.t) <= np.repeat(last, case.shared, axis=1)[:, None, :, None]
     layers = None if case.layer is None else (jnp.int32(case.layer),) * 2
     attend = functools.partial(
-        cache_attention_gpu.attention, spec=_attention_spec(case.d, q.dtype), layers=layers, interpret=dry
+        cache_attention_triton.attention, spec=_attention_spec(case.d, q.dtype), layers=layers, interpret=dry
     )
     run = jax.jit(attend)
     got, again = (np.asarray(run(q, keys, values, jnp.asarray(mask)), np.float64) for _ in range(2))
@@ -163,9 +165,12 @@ def experts(dry: bool, **fields: Any) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels import gpu_operands, matmul_triton, ragged_matmul_gpu
-    from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-    from pallas_kernels.qtensor import Layout, quantize
+    from qjax.pallas_kernels.backends import gpu_operands
+    from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+    from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
+    from qjax.pallas_kernels.ops.ragged_matmul import triton as ragged_matmul_triton
+    from qjax.pallas_kernels.packed.layout import Layout
+    from qjax.pallas_kernels.packed.qtensor import quantize
 
     case, generator = ExpertCheck(**fields), _generator()
     if dry:
@@ -182,7 +187,7 @@ def experts(dry: bool, **fields: Any) -> dict[str, Any]:
     how: dict[str, Any] = {"casts": (), "precision": None, "preferred_element_type": None, "transpose": case.transpose}
     if reason := matmul_triton.unsupported(x, w, (), x.dtype, transpose=case.transpose):
         raise RuntimeError(f"the kernel does not take this: {reason}")
-    run = jax.jit(functools.partial(ragged_matmul_gpu.matmul, layer=case.layer, interpret=dry, **how))
+    run = jax.jit(functools.partial(ragged_matmul_triton.matmul, layer=case.layer, interpret=dry, **how))
     got, again = (np.asarray(run(x, w, jnp.asarray(sizes, jnp.int32)), np.float64) for _ in range(2))
     matrices = np.asarray(w.matrix().astype(jnp.float32), np.float64)
     matrices = matrices if case.layer is None else matrices[case.layer]
@@ -206,8 +211,9 @@ def time_attention(dry: bool, filled: int, medians: Callable[..., dict[str, floa
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels import cache_attention_gpu, kv_cache
-    from pallas_kernels.formats import FORMATS
+    from qjax.pallas_kernels.numbers.formats import FORMATS
+    from qjax.pallas_kernels.ops.cache_attention import triton as cache_attention_triton
+    from qjax.pallas_kernels.packed import qcache
 
     b, t, heads, shared, d = (1, 64, 2, 4, 32) if dry else (8, 8192, 8, 4, 128)
     filled = min(filled, t)
@@ -225,7 +231,7 @@ def time_attention(dry: bool, filled: int, medians: Callable[..., dict[str, floa
         return jnp.einsum("bhmt,bthd->bhmd", p.astype(q.dtype), values)
 
     def by_kernel(q: Any, keys: Any, values: Any, last: Any) -> Any:
-        return cache_attention_gpu.attention(q, keys, values, seen(last), spec, interpret=dry)
+        return cache_attention_triton.attention(q, keys, values, seen(last), spec, interpret=dry)
 
     last = jnp.int32(filled)
     programs: dict[str, Callable[[], Any]] = {
@@ -233,7 +239,7 @@ def time_attention(dry: bool, filled: int, medians: Callable[..., dict[str, floa
     }
     sizes, errors = {"bfloat16": sum(a.nbytes for a in floats)}, {}
     for name in ("int8", "int4"):
-        pack = jax.jit(lambda a, name=name: kv_cache.quantize(a, kv_cache.CacheSpec(FORMATS[name]), -1))
+        pack = jax.jit(lambda a, name=name: qcache.quantize(a, qcache.CacheSpec(FORMATS[name]), -1))
         packed = [pack(a) for a in floats]
         program = functools.partial(jax.jit(by_kernel), q, *packed, last)
         try:

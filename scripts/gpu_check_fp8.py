@@ -1,4 +1,4 @@
-"""What `scripts/gpu_check` does about products of 8-bit floats (`pallas_kernels.fp8_matmul`), most of them XLA's.
+"""What `scripts/gpu_check` does about products of 8-bit floats (`pallas_kernels.ops.fp8_matmul`), most of them XLA's.
 
 * `fp8`: a product of random codes against float64. Hopper adds up in about 14 bits, so that errors of sums are up to
   2 % (arXiv 2412.19437, section 3.3.2); more than that is wrong.
@@ -53,9 +53,10 @@ def _weight(format: str, lead: tuple[int, ...], k: int, n: int, order: Any = "nk
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, QuantSpec
-    from pallas_kernels.numerics import Scales
-    from pallas_kernels.qtensor import Layout, QTensor
+    from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, QuantSpec
+    from qjax.pallas_kernels.numbers.stored_scales import Scales
+    from qjax.pallas_kernels.packed.layout import Layout
+    from qjax.pallas_kernels.packed.qtensor import QTensor
 
     spec = QuantSpec(FORMATS[f"fp8_{format}"], PerChannel(), scale_rule=AbsMax())
     keys = jax.random.split(jax.random.key(int.from_bytes(os.urandom(3), "little")))
@@ -75,7 +76,7 @@ def _target() -> contextlib.AbstractContextManager[Any]:
     """`target_chip` of this GPU, if there are kernels for it."""
     import jax
 
-    from pallas_kernels.blocks_gpu import CHIPS, target_chip
+    from qjax.pallas_kernels.chips.gpu import CHIPS, target_chip
 
     kind = jax.devices()[0].device_kind
     name = next((name for name, chip in CHIPS.items() if kind.startswith(chip.kind)), None)
@@ -88,9 +89,10 @@ def fp8(dry: bool, **fields: Any) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels.activations import ActSpec, quantize
-    from pallas_kernels.formats import FORMATS
-    from pallas_kernels.fp8_matmul import fp8_matmul
+    from qjax.pallas_kernels.numbers.activation_ranges import ActSpec
+    from qjax.pallas_kernels.numbers.activations import quantize
+    from qjax.pallas_kernels.numbers.formats import FORMATS
+    from qjax.pallas_kernels.ops.fp8_matmul.api import fp8_matmul
 
     case = Fp8Check(**fields)
     if dry:
@@ -135,9 +137,10 @@ def time_fp8(
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.activations import ActSpec, quantize
-    from pallas_kernels.formats import FORMATS
-    from pallas_kernels.fp8_matmul import fp8_matmul
+    from qjax.pallas_kernels.numbers.activation_ranges import ActSpec
+    from qjax.pallas_kernels.numbers.activations import quantize
+    from qjax.pallas_kernels.numbers.formats import FORMATS
+    from qjax.pallas_kernels.ops.fp8_matmul.api import fp8_matmul
 
     keys = jax.random.split(jax.random.key(int.from_bytes(os.urandom(3), "little")), 2)
     xs = [jax.random.normal(key, (m, k), jnp.bfloat16) for key in jax.random.split(keys[0], 2)]

@@ -42,7 +42,7 @@ FUSED_CHECKS = (
 
 
 def _step(primitive: Any, *operands: int, dtype: Any, **params: Any) -> Any:
-    from pallas_kernels.epilogue import Step
+    from qjax.pallas_kernels.backends.epilogue import Step
 
     return Step(primitive, operands, tuple(params.items()), dtype)
 
@@ -59,9 +59,10 @@ def _gated(first: int, dtype: Any) -> tuple[Any, ...]:
 
 
 def _modules() -> dict[str, Any]:
-    from pallas_kernels import integer_matmul_mosaic_gpu, integer_matmul_triton
+    from qjax.pallas_kernels.ops.integer_matmul import mosaic as integer_matmul_mosaic
+    from qjax.pallas_kernels.ops.integer_matmul import triton as integer_matmul_triton
 
-    return {"mosaic": integer_matmul_mosaic_gpu, "triton": integer_matmul_triton}
+    return {"mosaic": integer_matmul_mosaic, "triton": integer_matmul_triton}
 
 
 def fused(
@@ -79,11 +80,13 @@ def fused(
     import numpy as np
     from jax.extend.core import primitives as prims
 
-    from pallas_kernels.activations import Activation, ActSpec, MinMax
-    from pallas_kernels.epilogue import Epilogue
-    from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-    from pallas_kernels.integer_matmul import matmul_reference
-    from pallas_kernels.qtensor import Layout, quantize
+    from qjax.pallas_kernels.backends.epilogue import Epilogue
+    from qjax.pallas_kernels.numbers.activation_ranges import ActSpec, MinMax
+    from qjax.pallas_kernels.numbers.activations import Activation
+    from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+    from qjax.pallas_kernels.ops.integer_matmul.reference import matmul as matmul_reference
+    from qjax.pallas_kernels.packed.layout import Layout
+    from qjax.pallas_kernels.packed.qtensor import quantize
 
     case = FusedCheck(**fields)
     if dry:
@@ -163,10 +166,11 @@ def time_mlp(
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.activations import Activation, ActSpec, MinMax
-    from pallas_kernels.epilogue import Epilogue
-    from pallas_kernels.formats import FORMATS
-    from pallas_kernels.integer_matmul import matmul_reference
+    from qjax.pallas_kernels.backends.epilogue import Epilogue
+    from qjax.pallas_kernels.numbers.activation_ranges import ActSpec, MinMax
+    from qjax.pallas_kernels.numbers.activations import Activation
+    from qjax.pallas_kernels.numbers.formats import FORMATS
+    from qjax.pallas_kernels.ops.integer_matmul.reference import matmul as matmul_reference
 
     count, bf16 = 2 if dry else 3, jnp.dtype(jnp.bfloat16)
     keys = jax.random.split(jax.random.key(int.from_bytes(os.urandom(3), "little")), 1 + count)

@@ -42,22 +42,23 @@ from jax.experimental import topologies
 from jax.extend.core import primitives as prims
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels import (
-    blocks_gpu,
-    integer_matmul_mosaic_gpu,
-    integer_matmul_triton,
-    kv_cache,
-    matmul_mosaic_gpu,
-    matmul_triton,
-)
-from pallas_kernels.activations import Activation, ActSpec, MinMax
-from pallas_kernels.cache_attention import AttentionSpec, Dot, cache_attention
-from pallas_kernels.epilogue import Epilogue, Step
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-from pallas_kernels.kv_cache import CacheSpec
-from pallas_kernels.mosaic_gpu import whole_rows
-from pallas_kernels.qtensor import Layout, QTensor, quantize
-from pallas_kernels.ragged_matmul import quantized_ragged_matmul
+from qjax.pallas_kernels.backends.epilogue import Epilogue, Step
+from qjax.pallas_kernels.backends.mosaic import whole_rows
+from qjax.pallas_kernels.chips import gpu as gpu_chips
+from qjax.pallas_kernels.numbers.activation_ranges import ActSpec, MinMax
+from qjax.pallas_kernels.numbers.activations import Activation
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+from qjax.pallas_kernels.ops.cache_attention.api import cache_attention
+from qjax.pallas_kernels.ops.cache_attention.reference import AttentionSpec, CacheDot
+from qjax.pallas_kernels.ops.integer_matmul import mosaic as integer_matmul_mosaic
+from qjax.pallas_kernels.ops.integer_matmul import triton as integer_matmul_triton
+from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
+from qjax.pallas_kernels.ops.ragged_matmul.api import quantized_ragged_matmul
+from qjax.pallas_kernels.packed import qcache
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qcache import CacheSpec
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 PAGE = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_compile.md"
 
@@ -193,7 +194,7 @@ def _abstract(chip: str) -> contextlib.AbstractContextManager[Any]:
     device: Any = getattr(jax.sharding, "AbstractDevice", None)
     if device is None or jax.__version_info__ < (0, 11):
         return contextlib.nullcontext()
-    known = blocks_gpu.CHIPS[chip]
+    known = gpu_chips.CHIPS[chip]
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device(known.kind, known.processors, "gpu"))
     return jax.sharding.use_abstract_mesh(mesh)
 
@@ -488,9 +489,9 @@ class Attention:
         """`cache_attention`, of 8 sequences with caches `(8, T, 8, D)`, and its operands, shapes only."""
         dtype, lead = jnp.dtype(self.dtype), (self.layers,) if self.layers else ()
         spec = CacheSpec(FORMATS[self.format], self.zero_point)
-        cache = jax.eval_shape(lambda: kv_cache.zeros((*lead, 8, self.t, 8, self.d), dtype, spec, -1))
+        cache = jax.eval_shape(lambda: qcache.zeros((*lead, 8, self.t, 8, self.d), dtype, spec, -1))
         heads = ((0, 1), (0, 2))
-        scores, result = (Dot((((3,), (axis,)), heads), 1, None, dtype) for axis in (3, 1))
+        scores, result = (CacheDot((((3,), (axis,)), heads), 1, None, dtype) for axis in (3, 1))
         steps: Any = (("multiply", 0.125), *([("mask", -math.inf)] if self.mask else []))
         attend = AttentionSpec(scores, (0, 1, 2, 3), steps, dtype, result)
         q = jax.ShapeDtypeStruct((8, 8, self.queries, self.d), dtype)
@@ -574,7 +575,7 @@ def joint(variant: Variant, widths: tuple[int, ...]) -> tuple[Callable[..., Any]
     how = {key: OPTIONS[key] for key in OPTIONS if key != "transpose"}
 
     def run(x: Any, weights: Any) -> Any:
-        return matmul_mosaic_gpu.joint_matmul(x, weights, layers=[None] * len(weights), **how)
+        return matmul_mosaic.joint_matmul(x, weights, layers=[None] * len(weights), **how)
 
     return run, (variant.x(), [dataclasses.replace(variant, n=n).weight("nk") for n in widths])
 
@@ -620,15 +621,15 @@ def _tiles(blocks: Any) -> str:
 def mosaic_rows() -> Iterator[Row]:
     """Kernels of weight-only products for Hopper."""
     for variant in VARIANTS + CODES:
-        _, (kernel,) = compile_counted(product(matmul_mosaic_gpu), variant.x(), variant.weight("nk"), chip="h100")
+        _, (kernel,) = compile_counted(product(matmul_mosaic), variant.x(), variant.weight("nk"), chip="h100")
         rows, form = variant.m * (2 if variant.dtype == "float32" else 1), FORMATS[variant.format]
         how: dict[str, Any] = {"kind": form.kind, "out_dtype": jnp.dtype(variant.dtype)}
-        blocks = matmul_mosaic_gpu.default_blocks(rows, variant.k, variant.n, form.bits, **how)
+        blocks = matmul_mosaic.default_blocks(rows, variant.k, variant.n, form.bits, **how)
         weights = 64 * blocks.k // blocks.ways
         each = f"{kernel.loop * 8192 / weights:.0f} for 64 x 128 weights" if kernel.loop else ""
         yield str(variant), kernel, _tiles(blocks), each
     for name, variant in FUSED:
-        function, operands = fused(matmul_mosaic_gpu, name, variant, "nk")
+        function, operands = fused(matmul_mosaic, name, variant, "nk")
         _, (kernel,) = compile_counted(function, *operands, chip="h100")
         yield f"{variant} {name}", kernel, "", ""
     for variant, widths in JOINT:
@@ -640,14 +641,14 @@ def mosaic_rows() -> Iterator[Row]:
 def integer_mosaic_rows() -> Iterator[Row]:
     """Kernels of products of integers for Hopper, with zero points of x."""
     for variant in INTEGER:
-        w, function = variant.weight("nk"), integer_product(integer_matmul_mosaic_gpu, variant.dtype)
+        w, function = variant.weight("nk"), integer_product(integer_matmul_mosaic, variant.dtype)
         _, (kernel,) = compile_counted(function, *variant.codes(), w, chip="h100")
-        blocks = integer_matmul_mosaic_gpu.default_blocks(whole_rows(variant.m), w, ones=8)
+        blocks = integer_matmul_mosaic.default_blocks(whole_rows(variant.m), w, ones=8)
         each = f"{kernel.loop / kernel.products:.0f} for each of {kernel.products} wgmma" if kernel.products else ""
         yield str(variant), kernel, _tiles(blocks), each if kernel.loop else ""
     for name, variant in INTEGER_FUSED:
-        if integer_matmul_mosaic_gpu.unsupported_epilogue(INTEGER_EPILOGUES[name], variant.weight("nk")) is None:
-            function, operands = fused_integers(integer_matmul_mosaic_gpu, name, variant, "nk")
+        if integer_matmul_mosaic.unsupported_epilogue(INTEGER_EPILOGUES[name], variant.weight("nk")) is None:
+            function, operands = fused_integers(integer_matmul_mosaic, name, variant, "nk")
             _, (kernel,) = compile_counted(function, *operands, chip="h100")
             yield f"{variant} {name}", kernel, "", ""
 
@@ -655,7 +656,7 @@ def integer_mosaic_rows() -> Iterator[Row]:
 def triton_rows(chip: str) -> Iterator[Row]:
     """Triton kernels of all kinds; none where `ptxas` is missing."""
     for name, (function, operands) in triton_programs():
-        with blocks_gpu.target_chip(chip):
+        with gpu_chips.target_chip(chip):
             _, kernels = compile_triton_counted(function, *operands, chip=chip)
         for kernel in kernels:
             if kernel.name in TRITON:

@@ -24,9 +24,9 @@ import gpu_compile
 import jax
 from rich.progress import track
 
-from pallas_kernels import matmul_mosaic_gpu
-from pallas_kernels.blocks_gpu import ROWS
-from pallas_kernels.formats import FORMATS
+from qjax.pallas_kernels.chips.gpu import ROWS
+from qjax.pallas_kernels.numbers.formats import FORMATS
+from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "benchmarks" / "gpu_tiles.json"
@@ -38,21 +38,21 @@ TILE = ("m", "n", "k", "ways")
 COLUMNS = ("weight", *TILE, "registers", "spilled", "serialized", "instructions")
 
 
-def tiles(bits: int) -> list[matmul_mosaic_gpu.Blocks]:
+def tiles(bits: int) -> list[matmul_mosaic.Blocks]:
     """One of each kind for all numbers of rows that the table of tiles tells apart."""
-    found: dict[Any, matmul_mosaic_gpu.Blocks] = {}
+    found: dict[Any, matmul_mosaic.Blocks] = {}
     for m in ROWS:
-        for blocks in matmul_mosaic_gpu.candidates(m, K, N, bits):
+        for blocks in matmul_mosaic.candidates(m, K, N, bits):
             found.setdefault(tuple(getattr(blocks, name) for name in TILE), dataclasses.replace(blocks, splits=1))
     return list(found.values())
 
 
-def compiled(format: str, group: int | None, blocks: matmul_mosaic_gpu.Blocks) -> dict[str, Any]:
+def compiled(format: str, group: int | None, blocks: matmul_mosaic.Blocks) -> dict[str, Any]:
     """A row of the table."""
     variant = gpu_compile.Variant(format, group, False, "bfloat16", blocks.m, K, N)
     row = {"weight": f"{format} {f'g{group}' if group else 'channel'}", **{n: getattr(blocks, n) for n in TILE}}
     try:
-        product = gpu_compile.product(matmul_mosaic_gpu, blocks=blocks)
+        product = gpu_compile.product(matmul_mosaic, blocks=blocks)
         _, (kernel,) = gpu_compile.compile_counted(product, variant.x(), variant.weight("nk"), chip="h100")
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         return row | {"error": str(error).partition("\n")[0][:200]}

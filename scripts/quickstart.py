@@ -37,7 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import qjax
-from qjax.report import Comparison, compare
+from qjax.report.compare import Comparison, compare
 
 SEED = 0
 EXAMPLE = jax.ShapeDtypeStruct((1, 8), jnp.int32)  # of the model's input; only its shape and dtype matter

@@ -31,7 +31,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.blocks_tpu import target_chip
+from qjax.pallas_kernels.chips.tpu import target_chip
 
 # Where libtpu is installed, JAX would look for a TPU with it, and libtpu is loaded only once.
 jax.config.update("jax_platforms", "cpu")

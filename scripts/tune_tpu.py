@@ -1,6 +1,6 @@
 """Chooses the tiles of the TPU kernels for each chip from schedules of the TPU compiler; nothing runs on a TPU.
 
-Writes `pallas_kernels/blocks_tpu.json`, row by row.
+Writes `pallas_kernels/chips/tpu.json`, row by row.
 
     python scripts/tune_tpu.py                     all of it: about 20 minutes on 2 busy cores
     python scripts/tune_tpu.py --resume            keeps the rows that are there
@@ -31,11 +31,15 @@ import jax.numpy as jnp
 from bench_tpu import UNIT, K, Shape
 from rich.progress import Progress
 
-from pallas_kernels import blocks_tpu, integer_matmul_tpu, matmul_tpu
-from pallas_kernels.qtensor import QTensor
+from qjax.pallas_kernels.chips import table
+from qjax.pallas_kernels.chips import tpu as tpu_chips
+from qjax.pallas_kernels.ops.integer_matmul import tpu as integer_matmul_tpu
+from qjax.pallas_kernels.ops.matmul import tpu as matmul_tpu
+from qjax.pallas_kernels.ops.matmul import tpu_tiles as matmul_tpu_tiles
+from qjax.pallas_kernels.packed.qtensor import QTensor
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGET = ROOT / "pallas_kernels" / "blocks_tpu.json"
+TARGET = ROOT / "pallas_kernels" / "chips" / "tpu.json"
 WIDTHS = (512, 1024)
 # Two depths of a tile for few rows of x and for many; half of each is compiled too.
 FEW = 64
@@ -62,9 +66,9 @@ class Key:
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """Those of the columns `blocks_tpu.KEY`."""
+        """Those of the columns `chips.tpu.KEY`."""
         x = "bfloat16" if self.kernel == "quantized_matmul" else "int8"
-        return (self.chip, self.kernel, blocks_tpu.weight(self.packed.spec, K), self.order, x, self.m)
+        return (self.chip, self.kernel, table.weight(self.packed.spec, K), self.order, x, self.m)
 
     @property
     def packed(self) -> QTensor:
@@ -100,7 +104,7 @@ WEIGHTS: list[tuple[str, str, int | None, Literal["kn", "nk"]]] = [
     ("integer_matmul", "int4", None, "kn"),
     ("integer_matmul", "int4", 128, "kn"),
 ]
-KEYS = [Key(chip, *weight, m) for chip in blocks_tpu.CHIPS for weight in WEIGHTS for m in blocks_tpu.ROWS]
+KEYS = [Key(chip, *weight, m) for chip in tpu_chips.CHIPS for weight in WEIGHTS for m in tpu_chips.ROWS]
 
 
 # --- Candidates ------------------------------------------------------------------------------------------------
@@ -111,8 +115,8 @@ def program(key: Key, tile: Tile) -> tuple[Callable[..., Any], list[Any]] | None
     w = key.packed
     if key.kernel == "quantized_matmul":
         assert tile.scale is not None
-        blocks = matmul_tpu.Blocks(key.m, tile.n, tile.k, tile.scale)
-        if not matmul_tpu.fits(blocks, K, w.spec, jnp.bfloat16, key.order):
+        blocks = matmul_tpu_tiles.Blocks(key.m, tile.n, tile.k, tile.scale)
+        if not matmul_tpu_tiles.fits(blocks, K, w.spec, jnp.bfloat16, key.order):
             return None
         options = {"layer": None, "casts": (), "precision": None, "preferred_element_type": None, "transpose": False}
         call = functools.partial(matmul_tpu.matmul, **options, blocks=blocks)
@@ -165,7 +169,7 @@ def choose(key: Key) -> dict[str, Any] | None:
     least = min(cost.bundles for cost in found.values())
     near = [tile for tile, cost in found.items() if cost.bundles <= ABOUT * least]
     tile = min(near, key=lambda tile: (found[tile].spills, found[tile].bundles))
-    found_by = dict(zip(blocks_tpu.KEY, key.values, strict=True))
+    found_by = dict(zip(tpu_chips.KEY, key.values, strict=True))
     scale = {"scale": tile.scale} if tile.scale else {}
     return {**found_by, "n": tile.n, "k": tile.k, **scale, "bundles": round(found[tile].bundles)}
 
@@ -174,7 +178,7 @@ def choose(key: Key) -> dict[str, Any] | None:
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in blocks_tpu.KEY)
+    return tuple(row[name] for name in tpu_chips.KEY)
 
 
 def write(rows: list[dict[str, Any]]) -> None:
@@ -192,7 +196,7 @@ def write(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--chip", choices=tuple(blocks_tpu.CHIPS), help="only the rows of this one")
+    parser.add_argument("--chip", choices=tuple(tpu_chips.CHIPS), help="only the rows of this one")
     parser.add_argument("--resume", action="store_true", help="only the rows that are not there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (one for each core)")
     options = parser.parse_args()

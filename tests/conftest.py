@@ -11,7 +11,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # before any of the packages is imported
-_hook = install_import_hook(["qjax", "passes", "pallas_kernels"], "beartype.beartype")
+_hook = install_import_hook(["qjax"], "beartype.beartype")
 
 
 @pytest.fixture(scope="module")

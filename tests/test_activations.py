@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import activations
-from pallas_kernels.activations import (
+from qjax.pallas_kernels.numbers import activation_ranges
+from qjax.pallas_kernels.numbers.activation_ranges import (
     ActSpec,
     Dynamic,
     EntropyRange,
@@ -23,11 +23,9 @@ from pallas_kernels.activations import (
     MovingAverage,
     MseRange,
     Percentile,
-    fake_quant,
-    quantize,
-    ranges_from_extremes,
 )
-from pallas_kernels.formats import FORMATS
+from qjax.pallas_kernels.numbers.activations import fake_quant, quantize, ranges_from_extremes
+from qjax.pallas_kernels.numbers.formats import FORMATS
 
 INT8, INT4, FP8 = FORMATS["int8"], FORMATS["int4"], FORMATS["fp8_e4m3"]
 TOKENS, K = 7, 96
@@ -399,4 +397,4 @@ def test_ranges_from_extremes_cover_them(spec: ActSpec):
 
 
 def test_the_module_has_a_name_for_each_range():
-    assert set(activations._RANGES.values()) == set(activations.Range.__args__)
+    assert set(activation_ranges._RANGES.values()) == set(activation_ranges.Range.__args__)

@@ -10,8 +10,8 @@ from flax import linen as nn
 from flax import nnx
 
 import qjax
-from pallas_kernels import matmul_triton
-from pallas_kernels.qtensor import QTensor, is_packed
+from qjax.pallas_kernels.backends import triton
+from qjax.pallas_kernels.packed.qtensor import QTensor, is_packed
 
 SPEC = qjax.int4(group=32, scale=qjax.AbsMax())
 X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 128)), jnp.bfloat16)
@@ -123,7 +123,7 @@ def test_a_program_for_a_gpu_calls_its_kernels(converted, chip: str, wide: str, 
         program = jax.jit(lambda v, x: q.apply(v, x)).trace(packed, X).lower(lowering_platforms=("cuda",))
         return [line for line in program.as_text().splitlines() if "custom_call" in line]
 
-    expected = [name for name in (wide, narrow) if name != "triton" or matmul_triton.finds_device()]
+    expected = [name for name in (wide, narrow) if name != "triton" or triton.finds_device()]
     with qjax.target_chip(chip):
         called = [line for line in lowered() if "mosaic" in line or "triton" in line]
     assert len(called) == len(expected)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from llama import Decoder
 
-from pallas_kernels.qtensor import QTensor
+from qjax.pallas_kernels.packed.qtensor import QTensor
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -14,15 +14,20 @@ import numpy as np
 import pytest
 import tpu_compile
 
-from pallas_kernels import blocks_tpu, integer_matmul_tpu, matmul_tpu, packing
-from pallas_kernels.blocks_tpu import CHIPS, KEY, ROWS, target_chip
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-from pallas_kernels.integer_matmul import integer_matmul
-from pallas_kernels.matmul import quantized_matmul
-from pallas_kernels.qtensor import Layout, QTensor, quantize
+from qjax.pallas_kernels.chips import tpu as tpu_chips
+from qjax.pallas_kernels.chips.tpu import CHIPS, KEY, ROWS, target_chip
+from qjax.pallas_kernels.numbers import packing
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+from qjax.pallas_kernels.ops.integer_matmul import tpu as integer_matmul_tpu
+from qjax.pallas_kernels.ops.integer_matmul.api import integer_matmul
+from qjax.pallas_kernels.ops.matmul import tpu as matmul_tpu
+from qjax.pallas_kernels.ops.matmul import tpu_tiles as matmul_tpu_tiles
+from qjax.pallas_kernels.ops.matmul.api import quantized_matmul
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 BF16 = jnp.bfloat16
-TEXT = importlib.resources.files("pallas_kernels").joinpath("blocks_tpu.json").read_text()
+TEXT = importlib.resources.files("qjax.pallas_kernels.chips").joinpath("tpu.json").read_text()
 TABLE: list[dict[str, Any]] = json.loads(TEXT)["rows"]
 Shape = jax.ShapeDtypeStruct
 
@@ -43,7 +48,7 @@ def packed(weight: str, k: int, n: int, order: Any, **options: Any) -> QTensor:
 def blocks(row: dict[str, Any], m: int, k: int, n: int, **options: Any) -> Any:
     """What the kernel of a row chooses for such a weight."""
     if row["kernel"] == "quantized_matmul":
-        return matmul_tpu.default_blocks(m, k, n, spec(row["weight"], **options), row["x"], row["order"])
+        return matmul_tpu_tiles.default_blocks(m, k, n, spec(row["weight"], **options), row["x"], row["order"])
     return integer_matmul_tpu.default_blocks(m, packed(row["weight"], k, n, row["order"], **options))
 
 
@@ -115,18 +120,18 @@ def test_tiles_of_any_size_of_matrix(chip: str):
 def test_what_has_no_row_is_chosen_by_shape(monkeypatch: pytest.MonkeyPatch):
     row = the("v5e", "quantized_matmul", "int4/g64", 16)
     by_shape = blocks(row, 16, 8192, 2048)
-    assert blocks_tpu.chip() is None  # tests run on CPU
+    assert tpu_chips.chip() is None  # tests run on CPU
     with target_chip("v5e"):
-        assert blocks_tpu.chip() == "v5e"
+        assert tpu_chips.chip() == "v5e"
         assert blocks(row, 16, 8192, 2048) != by_shape
         with_zero = blocks(row, 16, 8192, 2048, zero_point=True)
-        float32 = matmul_tpu.default_blocks(16, 8192, 2048, spec("int4/g64"), jnp.float32)
+        float32 = matmul_tpu_tiles.default_blocks(16, 8192, 2048, spec("int4/g64"), jnp.float32)
     assert with_zero == blocks(row, 16, 8192, 2048, zero_point=True)
-    assert float32 == matmul_tpu.default_blocks(16, 8192, 2048, spec("int4/g64"), jnp.float32)
+    assert float32 == matmul_tpu_tiles.default_blocks(16, 8192, 2048, spec("int4/g64"), jnp.float32)
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v9")])
-    assert blocks_tpu.chip() is None and blocks(row, 16, 8192, 2048) == by_shape
+    assert tpu_chips.chip() is None and blocks(row, 16, 8192, 2048) == by_shape
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v5 lite")])
-    assert blocks_tpu.chip() == "v5e" and blocks(row, 16, 8192, 2048) != by_shape
+    assert tpu_chips.chip() == "v5e" and blocks(row, 16, 8192, 2048) != by_shape
 
 
 def test_an_unknown_target_is_an_error():
@@ -153,7 +158,7 @@ def test_products_with_tiles_from_the_table(m: int):
     row, k, n = the("v5e", "quantized_matmul", "int4/g64", m), 512, 1024
     x, w = normal(0, m, k), quantize(normal(1, k, n), spec(row["weight"]), Layout((((k, "k"),), ((n, "n"),))))
     with target_chip("v5e"):
-        assert blocks(row, m, k, n) == matmul_tpu.Blocks(m, row["n"], k, "after" if m == 16 else "before")
+        assert blocks(row, m, k, n) == matmul_tpu_tiles.Blocks(m, row["n"], k, "after" if m == 16 else "before")
         out = jax.jit(functools.partial(matmul_tpu.matmul, **OPTIONS, interpret=True))(x, w)
     x64, w64 = np.asarray(x, np.float64), scaled(w)
     # each weight and the result are rounded to bfloat16 at most once

@@ -21,14 +21,18 @@ from jax import lax
 from test_cache_dot import _QUICK, array, value
 
 import qjax
-from pallas_kernels import cache_attention_tpu, cache_dot_tpu, kv_cache
-from pallas_kernels.cache_attention import AttentionSpec, Dot, cache_attention
-from pallas_kernels.formats import FORMATS
-from pallas_kernels.kv_cache import CacheSpec, QCache
-from passes import attention, lower
-from passes.kv_cache import plan_given
-from passes.replay import replay
-from passes.trace import trace
+from qjax.pallas_kernels.numbers.formats import FORMATS
+from qjax.pallas_kernels.ops.cache_attention import tpu as cache_attention_tpu
+from qjax.pallas_kernels.ops.cache_attention.api import cache_attention
+from qjax.pallas_kernels.ops.cache_attention.reference import AttentionSpec, CacheDot
+from qjax.pallas_kernels.ops.cache_dot import tpu as cache_dot_tpu
+from qjax.pallas_kernels.packed import qcache
+from qjax.pallas_kernels.packed.qcache import CacheSpec, QCache
+from qjax.passes.jaxpr.replay import replay
+from qjax.passes.jaxpr.trace import trace
+from qjax.passes.plan import attention
+from qjax.passes.plan.caches import plan_given
+from qjax.passes.rewrites import lower
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -89,7 +93,7 @@ def traced(fn: Callable[..., Any], q: Any, keys: QCache, values: QCache, mask: A
 
 def packed(seed: int, format: str, zero_point: bool, *shape: int, dtype: Any = F32) -> QCache:
     spec = CacheSpec(FORMATS[format], zero_point, "bfloat16" if zero_point else "float32")
-    return jax.jit(kv_cache.quantize, static_argnums=(1, 2))(array(seed, *shape, dtype=dtype), spec, -1)
+    return jax.jit(qcache.quantize, static_argnums=(1, 2))(array(seed, *shape, dtype=dtype), spec, -1)
 
 
 def check_a_program(
@@ -158,8 +162,8 @@ def test_the_kernel_attends_as_float64_does(case: Any, monkeypatch: pytest.Monke
 def spec_of(fill: float, dtype: Any = F32) -> AttentionSpec:
     """Of q (B, H, M, D) and caches (B, T, H, D), with a mask."""
     heads = ((0, 1), (0, 2))
-    scores = Dot((((3,), (3,)), heads), 1, lax.Precision.HIGHEST, jnp.dtype(F32))
-    result = Dot((((3,), (1,)), heads), 1, lax.Precision.HIGHEST, jnp.dtype(dtype))
+    scores = CacheDot((((3,), (3,)), heads), 1, lax.Precision.HIGHEST, jnp.dtype(F32))
+    result = CacheDot((((3,), (1,)), heads), 1, lax.Precision.HIGHEST, jnp.dtype(dtype))
     return AttentionSpec(scores, (0, 1, 2, 3), (("mask", fill),), jnp.dtype(F32), result)
 
 
@@ -168,7 +172,7 @@ def test_positions_that_nothing_was_written_to_do_not_matter(fill: float, monkey
     """Whole tiles of them before and after those that are seen, and a row that sees none."""
     monkeypatch.setattr(cache_dot_tpu, "_TILE", 1)
     written = packed(4, "int8", True, 1, 40, 4, 128)
-    empty = kv_cache.zeros((1, 300, 4, 128), F32, written.spec, -1)
+    empty = qcache.zeros((1, 300, 4, 128), F32, written.spec, -1)
     cache = jax.tree.map(lambda whole, part: whole.at[:, 150:190].set(part), empty, written)
     q = array(5, 1, 4, 3, 128)
     seen = jnp.broadcast_to((jnp.arange(300) >= 150) & (jnp.arange(300) < 190), (1, 1, 3, 300)).at[..., 2, :].set(False)
@@ -204,11 +208,11 @@ def test_layers_are_read_in_their_stacks():
 
 def test_caches_that_lie_in_different_ways_are_two_products():
     spec = spec_of(-1e9)
-    keys = jax.eval_shape(lambda: kv_cache.zeros((2, 16, 4, 128), F32, CacheSpec(FORMATS["int8"]), -1))
-    values = jax.eval_shape(lambda: kv_cache.zeros((4, 16, 2, 128), F32, CacheSpec(FORMATS["int4"]), -1))
+    keys = jax.eval_shape(lambda: qcache.zeros((2, 16, 4, 128), F32, CacheSpec(FORMATS["int8"]), -1))
+    values = jax.eval_shape(lambda: qcache.zeros((4, 16, 2, 128), F32, CacheSpec(FORMATS["int4"]), -1))
     q = jax.ShapeDtypeStruct((2, 4, 1, 128), BF16)
     assert cache_attention_tpu.unsupported(q, keys, keys, spec) is None
-    swapped = Dot((((3,), (1,)), ((0, 1), (2, 0))), 1, None, jnp.dtype(BF16))
+    swapped = CacheDot((((3,), (1,)), ((0, 1), (2, 0))), 1, None, jnp.dtype(BF16))
     other = AttentionSpec(spec.scores, spec.order, spec.steps, spec.weights, swapped)
     assert cache_attention_tpu.unsupported(q, keys, values, other) == "the caches are laid out in different ways"
 
@@ -224,7 +228,7 @@ def test_vmap_and_gradients_are_those_of_plain_operations():
         return jnp.sum(jnp.sin(fn(q, keys, values, mask[None, None, None])))
 
     def plain(q: Any, keys: Any, values: Any, mask: Any) -> Any:
-        floats = (kv_cache.dequantize(cache) for cache in (keys, values))
+        floats = (qcache.dequantize(cache) for cache in (keys, values))
         scores = jnp.einsum("bhmd,bthd->bhmt", q, next(floats), precision="highest")
         return jnp.einsum("bhmt,bthd->bhmd", jax.nn.softmax(jnp.where(mask, scores, -1e9)), next(floats))
 
@@ -287,7 +291,7 @@ def test_anything_else_is_left_as_it_is(fn):
     text = str(jax.make_jaxpr(run)(q, keys, values, mask))
     assert "cache_attention" not in text
     assert text.count("cache_dot_general[") == 2
-    want = fn(q, kv_cache.dequantize(keys), kv_cache.dequantize(values), mask)
+    want = fn(q, qcache.dequantize(keys), qcache.dequantize(values), mask)
     np.testing.assert_allclose(jax.jit(run)(q, keys, values, mask), jax.tree.leaves(want)[0], rtol=1e-4, atol=1e-5)
 
 
@@ -295,7 +299,7 @@ def test_attention_on_float_values_is_two_products():
     """A cache of keys alone, as with `kv_cache={"**/keys": "int8", "**": None}`."""
     keys, values = packed(12, "int8", False, 2, 20, 2, 16), array(13, 2, 20, 2, 16)
     q, mask = array(14, 2, 1, 2, 16), np.ones((2, 1, 20), bool)
-    program = trace(linen, [q, kv_cache.dequantize(keys), values, mask], [None] * 4, [None, "keys", None, None])
+    program = trace(linen, [q, qcache.dequantize(keys), values, mask], [None] * 4, [None, "keys", None, None])
 
     def run(keys: QCache) -> jax.Array:
         plan = plan_given(program, None, {"keys": keys})
@@ -304,7 +308,7 @@ def test_attention_on_float_values_is_two_products():
     text = str(jax.make_jaxpr(run)(keys))
     assert "cache_attention" not in text and text.count("cache_dot_general[") == 1
     np.testing.assert_allclose(
-        jax.jit(run)(keys), linen(q, kv_cache.dequantize(keys), values, mask), rtol=1e-4, atol=1e-5
+        jax.jit(run)(keys), linen(q, qcache.dequantize(keys), values, mask), rtol=1e-4, atol=1e-5
     )
 
 

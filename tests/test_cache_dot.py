@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels import cache_dot, cache_dot_tpu, kv_cache
-from pallas_kernels.cache_dot import cache_dot_general
-from pallas_kernels.formats import FORMATS
-from pallas_kernels.kv_cache import CacheSpec, QCache
+from qjax.pallas_kernels.numbers.formats import FORMATS
+from qjax.pallas_kernels.ops.cache_dot import reference as cache_dot_reference
+from qjax.pallas_kernels.ops.cache_dot import tpu as cache_dot_tpu
+from qjax.pallas_kernels.ops.cache_dot.api import cache_dot_general
+from qjax.pallas_kernels.packed import qcache
+from qjax.pallas_kernels.packed.qcache import CacheSpec, QCache
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -33,7 +35,7 @@ def array(seed: int, *shape: int, dtype: Any = F32) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def packed(x: jax.Array, spec: CacheSpec, axis: int) -> QCache:
-    return kv_cache.quantize(x + 0.3, spec, axis)
+    return qcache.quantize(x + 0.3, spec, axis)
 
 
 def value(cache: QCache) -> np.ndarray:
@@ -68,7 +70,7 @@ def product(x: jax.Array, cache: QCache, spec: str, kernel: bool, **options: Any
         assert cache_dot_tpu.unsupported(x, cache, **options) is None
         fn = functools.partial(cache_dot_tpu.dot_general, interpret=True, **options)
     else:
-        fn = functools.partial(cache_dot.reference, **options)
+        fn = functools.partial(cache_dot_reference.dot, **options)
     return jax.jit(fn, compiler_options=_QUICK)(x, cache), order
 
 
@@ -149,7 +151,7 @@ def test_float32_at_default_precision_is_one_pass_of_bfloat16():
 
 def test_what_was_never_written_gives_zeros():
     """As in a cache of zeros: its scales are zero too."""
-    cache = kv_cache.zeros((2, 200, 4, 128), F32, CacheSpec(FORMATS["int8"], zero_point=True), -1)
+    cache = qcache.zeros((2, 200, 4, 128), F32, CacheSpec(FORMATS["int8"], zero_point=True), -1)
     for spec in ("bhgd,bthd->bhgt", "bhgt,bthd->bhgd"):
         x = array(5, 2, 4, 2, 128 if spec.endswith("t") else 200)
         assert not np.asarray(product(x, cache, spec, True)[0]).any()
@@ -161,7 +163,7 @@ def test_what_is_left_to_plain_operations():
     options: dict[str, Any] = {"numbers": (((3,), (3,)), ((0, 1), (0, 2))), "operand": 1, "precision": None}
 
     def why(x: Any, spec: CacheSpec, shape: tuple[int, ...], out_dtype: Any = BF16) -> str:
-        cache = jax.eval_shape(lambda: kv_cache.zeros(shape, F32, spec, -1))
+        cache = jax.eval_shape(lambda: qcache.zeros(shape, F32, spec, -1))
         return str(cache_dot_tpu.unsupported(x, cache, out_dtype=jnp.dtype(out_dtype), **options))
 
     assert why(x, spec, (2, 16, 4, 128)) == "None"
@@ -173,7 +175,7 @@ def test_what_is_left_to_plain_operations():
 
 
 def test_a_dot_that_cuts_vectors_is_refused():
-    cache = kv_cache.zeros((2, 16, 4, 128), F32, CacheSpec(FORMATS["int8"]), -1)
+    cache = qcache.zeros((2, 16, 4, 128), F32, CacheSpec(FORMATS["int8"]), -1)
     with pytest.raises(ValueError, match=r"contracts the vectors of QCache\(int8/vector, .*alone"):
         cache_dot_general(jnp.ones((2, 4)), cache, (((0, 1), (0, 2)), ((), ())), operand=1, out_dtype=F32)
 
@@ -218,7 +220,7 @@ def test_gradients_are_those_of_plain_operations():
         if packed:
             out = cache_dot_general(x, given, own, operand=1, out_dtype=F32)
         else:
-            out = lax.dot_general(x, kv_cache.dequantize(given), own)
+            out = lax.dot_general(x, qcache.dequantize(given), own)
         return jnp.sum(jnp.sin(out) * target)
 
     got, want = (jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)(x, cache.scale, flag) for flag in (True, False))

@@ -28,13 +28,17 @@ from test_cache_attention import (
 )
 from test_cache_dot import _QUICK, array, value
 
-from pallas_kernels import cache_attention_gpu, kv_cache, matmul_triton
-from pallas_kernels.blocks_gpu import target_chip
-from pallas_kernels.cache_attention import AttentionSpec, Dot, cache_attention, reference
-from pallas_kernels.cache_attention_gpu import Blocks
-from pallas_kernels.formats import FORMATS
-from pallas_kernels.kv_cache import CacheSpec, QCache
-from passes import attention
+from qjax.pallas_kernels.chips.gpu import target_chip
+from qjax.pallas_kernels.numbers.formats import FORMATS
+from qjax.pallas_kernels.ops.cache_attention import reference as cache_attention_reference
+from qjax.pallas_kernels.ops.cache_attention import triton as cache_attention_triton
+from qjax.pallas_kernels.ops.cache_attention.api import cache_attention
+from qjax.pallas_kernels.ops.cache_attention.reference import AttentionSpec, CacheDot
+from qjax.pallas_kernels.ops.cache_attention.triton import Blocks
+from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
+from qjax.pallas_kernels.packed import qcache
+from qjax.pallas_kernels.packed.qcache import CacheSpec, QCache
+from qjax.passes.plan import attention
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -54,7 +58,7 @@ CASES: list[tuple[Any, str, str, bool, int, int, int, int, int, Blocks | None]] 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, (case[0].__name__, *case[1:-1]))))
 def test_the_kernel_attends_as_float64_does(case: Any, monkeypatch: pytest.MonkeyPatch):
     *program, blocks = case
-    interpreted = functools.partial(cache_attention_gpu.attention, blocks=blocks, interpret=True)
+    interpreted = functools.partial(cache_attention_triton.attention, blocks=blocks, interpret=True)
     monkeypatch.setattr(attention, "cache_attention", interpreted)
     check_a_program(*program)
 
@@ -65,8 +69,8 @@ def test_the_kernel_attends_as_float64_does(case: Any, monkeypatch: pytest.Monke
 def spec_of(fill: float | None, dtype: Any = F32, precision: Any = None, scale: float = 1.0) -> AttentionSpec:
     """Of q (B, H, M, D) and caches (B, T, H, D)."""
     heads = ((0, 1), (0, 2))
-    scores = Dot((((3,), (3,)), heads), 1, precision, jnp.dtype(F32))
-    result = Dot((((3,), (1,)), heads), 1, precision, jnp.dtype(dtype))
+    scores = CacheDot((((3,), (3,)), heads), 1, precision, jnp.dtype(F32))
+    result = CacheDot((((3,), (1,)), heads), 1, precision, jnp.dtype(dtype))
     steps: Any = (("multiply", scale), *([] if fill is None else [("mask", fill)]))
     return AttentionSpec(scores, (0, 1, 2, 3), steps, jnp.dtype(dtype), result)
 
@@ -74,7 +78,7 @@ def spec_of(fill: float | None, dtype: Any = F32, precision: Any = None, scale: 
 def run(
     spec: AttentionSpec, q: Any, keys: QCache, values: QCache, mask: Any, blocks: Blocks | None = None
 ) -> np.ndarray:
-    attend = functools.partial(cache_attention_gpu.attention, spec=spec, blocks=blocks, interpret=True)
+    attend = functools.partial(cache_attention_triton.attention, spec=spec, blocks=blocks, interpret=True)
     out = jax.jit(attend, compiler_options=_QUICK)(q, keys, values, mask)
     assert out.dtype == spec.result.out_dtype
     return np.asarray(out, np.float64)
@@ -105,7 +109,7 @@ def test_float16_is_multiplied_as_it_is():
 
 
 def test_layers_are_read_in_their_stacks():
-    check_layers(cache_attention_gpu.attention, spec_of(-1e9))
+    check_layers(cache_attention_triton.attention, spec_of(-1e9))
 
 
 # --- Positions that no query sees ----------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ def test_a_number_that_is_not_far_below_all_scores_hides_nothing():
     cache, q = packed(7, "int8", False, 2, 100, 2, 32), array(9, 2, 2, 2, 32)
     mask = jnp.broadcast_to(window(100, 10, 40), (2, 1, 1, 100))
     got = run(spec_of(-3.0), q, cache, cache, mask, Blocks(16, 32, 2, 4, 2))
-    want = reference(q, cache, cache, mask, spec_of(-3.0, precision=lax.Precision.HIGHEST))
+    want = cache_attention_reference.attention(q, cache, cache, mask, spec_of(-3.0, precision=lax.Precision.HIGHEST))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -156,7 +160,7 @@ def test_a_query_that_sees_nothing(fill: float):
 
 
 def shapes(format: str = "int8", d: int = 128, t: int = 64, dtype: Any = BF16) -> tuple[Any, QCache]:
-    cache = jax.eval_shape(lambda: kv_cache.zeros((2, t, 4, d), BF16, CacheSpec(FORMATS[format]), -1))
+    cache = jax.eval_shape(lambda: qcache.zeros((2, t, 4, d), BF16, CacheSpec(FORMATS[format]), -1))
     return jax.ShapeDtypeStruct((2, 4, 1, d), dtype), cache
 
 
@@ -164,9 +168,9 @@ def test_what_is_left_to_the_reference_has_a_reason(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(matmul_triton, "finds_device", lambda: True)
     spec = spec_of(-1e9)
     q, cache = shapes()
-    assert "target_chip" in (cache_attention_gpu.unsupported(q, cache, cache, spec) or "")
+    assert "target_chip" in (cache_attention_triton.unsupported(q, cache, cache, spec) or "")
     with target_chip("a100"):
-        assert cache_attention_gpu.unsupported(q, cache, cache, spec) is None
+        assert cache_attention_triton.unsupported(q, cache, cache, spec) is None
         for reason, operands in (
             ("2, 4 and 8 bits", shapes("int3")),
             ("2, 4 and 8 bits", shapes("fp8_e4m3")),
@@ -176,12 +180,12 @@ def test_what_is_left_to_the_reference_has_a_reason(monkeypatch: pytest.MonkeyPa
             ("multiplies", shapes(dtype=jnp.float8_e4m3fn)),
         ):
             q, cache = operands
-            assert reason in (cache_attention_gpu.unsupported(q, cache, cache, spec) or "")
+            assert reason in (cache_attention_triton.unsupported(q, cache, cache, spec) or "")
         q, cache = shapes()
         swapped = AttentionSpec(spec.scores, (0, 1, 3, 2), spec.steps, spec.weights, spec.result)
-        assert "one axis of positions" in (cache_attention_gpu.unsupported(q, cache, cache, swapped) or "")
+        assert "one axis of positions" in (cache_attention_triton.unsupported(q, cache, cache, swapped) or "")
         monkeypatch.setattr(matmul_triton, "finds_device", lambda: False)
-        assert "use_abstract_mesh" in (cache_attention_gpu.unsupported(q, cache, cache, spec) or "")
+        assert "use_abstract_mesh" in (cache_attention_triton.unsupported(q, cache, cache, spec) or "")
 
 
 def test_on_this_machine_it_is_the_reference():
@@ -189,7 +193,10 @@ def test_on_this_machine_it_is_the_reference():
     mask = jnp.ones((1, 1, 1, 20), bool)
     with target_chip("h100"):
         got = cache_attention(q, cache, cache, mask, spec_of(-1e9))
-    assert (got == jax.jit(functools.partial(reference, spec=spec_of(-1e9)))(q, cache, cache, mask)).all()
+    assert (
+        got
+        == jax.jit(functools.partial(cache_attention_reference.attention, spec=spec_of(-1e9)))(q, cache, cache, mask)
+    ).all()
 
 
 # --- The check on a GPU ----------------------------------------------------------------------------------------------
@@ -197,9 +204,9 @@ def test_on_this_machine_it_is_the_reference():
 
 def test_the_check_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch):
     case = gpu_check_attention.AttentionCheck("int4", 1, 2, 40, 32, zero_point=True)
-    attend = cache_attention_gpu.attention
+    attend = cache_attention_triton.attention
     assert gpu_check_attention.attention(True, **dataclasses.asdict(case))["right"]
-    monkeypatch.setattr(cache_attention_gpu, "attention", lambda *args, **how: 1.02 * attend(*args, **how))
+    monkeypatch.setattr(cache_attention_triton, "attention", lambda *args, **how: 1.02 * attend(*args, **how))
     assert not gpu_check_attention.attention(True, **dataclasses.asdict(case))["right"]
 
 

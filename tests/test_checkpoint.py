@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from pallas_kernels.qtensor import QTensor, is_packed
+from qjax.pallas_kernels.packed.qtensor import QTensor, is_packed
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -162,7 +162,7 @@ def test_existing_path_is_kept_unless_asked(saved):
 
 def test_dying_while_saving_leaves_the_old_checkpoint(saved, monkeypatch):
     path, net, q, packed = saved
-    monkeypatch.setattr("qjax.checkpoint.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("qjax.checkpoint.folder.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         qjax.save(path, q, packed, overwrite=True)
     monkeypatch.undo()

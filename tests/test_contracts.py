@@ -20,8 +20,8 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from passes import control_flow
-from passes.control_flow import bodies, consts_of, evaluate
+from qjax.passes.jaxpr import control_flow
+from qjax.passes.jaxpr.control_flow import bodies, consts_of, evaluate
 
 X = jnp.ones((3, 4))
 
@@ -122,7 +122,7 @@ def test_site_parameters(name: str):
 
 
 def test_a_lowering_sees_how_many_devices_there_are():
-    """What `pallas_kernels.partition` reads to know that XLA will split a program, inside `shard_map` and outside."""
+    """What `ops.partition` reads to know that XLA will split a program, inside `shard_map` and outside."""
     seen = []
     probe = Primitive("probe")
     probe.def_abstract_eval(lambda x: x)
@@ -207,7 +207,7 @@ def test_mosaic_gpu_memory_and_layouts():
 
 
 def test_mosaic_gpu_of_each_version():
-    """Where `pallas_kernels.mosaic_gpu` asks for the version: loads had an index, and kernels no interpreter."""
+    """Where `pallas_kernels.backends.mosaic` asks for the version: loads had an index, and kernels no interpreter."""
     index = inspect.signature(plgpu.load).parameters.get("idx")
     old = jax.__version_info__ < (0, 11)
     assert old == (index is not None and index.default is inspect.Parameter.empty)

@@ -23,9 +23,10 @@ from jax import lax
 from models import ZOO
 
 import qjax
-from pallas_kernels.kv_cache import QCache
-from pallas_kernels.qtensor import QTensor
-from qjax.exported import manifest_crc, plain
+from qjax.artifact.signature import plain
+from qjax.checkpoint.folder import manifest_crc
+from qjax.pallas_kernels.packed.qcache import QCache
+from qjax.pallas_kernels.packed.qtensor import QTensor
 
 INT4 = qjax.int4(group=8, scale=qjax.AbsMax())
 TOKENS = np.arange(10, dtype=np.int32).reshape(2, 5)
@@ -391,7 +392,7 @@ def test_another_platform(net, tmp_path):
 
 def test_dying_while_exporting_leaves_the_old_one(net, folder, monkeypatch):
     q, packed, logits = net
-    monkeypatch.setattr("qjax.storage.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("qjax.checkpoint.folder.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         qjax.export(folder, q, packed, TOKENS[:1], platforms=("cpu",), overwrite=True)
     monkeypatch.undo()

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.formats import (
+from qjax.pallas_kernels.numbers.formats import (
     FORMATS,
     AbsMax,
     Format,

@@ -14,12 +14,17 @@ from jax import lax
 from test_inputs import trained_and_served
 
 import qjax
-from pallas_kernels import activations, matmul_cpu, matmul_mosaic_gpu, matmul_triton
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
-from pallas_kernels.fp8_matmul import fp8_matmul, fp8_matmul_p, matmul_reference
-from pallas_kernels.numerics import Scales
-from pallas_kernels.qtensor import Layout, QTensor
-from passes.plan import Rule
+from qjax.pallas_kernels.numbers import activations
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
+from qjax.pallas_kernels.numbers.stored_scales import Scales
+from qjax.pallas_kernels.ops.fp8_matmul import reference as fp8_matmul_reference
+from qjax.pallas_kernels.ops.fp8_matmul.api import fp8_matmul, fp8_matmul_p
+from qjax.pallas_kernels.ops.matmul import cpu as matmul_cpu
+from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor
+from qjax.passes.plan.rules import Rule
 
 DTYPES = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 EPS = float(np.finfo(np.float32).eps)
@@ -77,7 +82,7 @@ class Case:
 
 def reference(x: Any, scale: Any, w: QTensor, layer: Any = None) -> jax.Array:
     """What platforms with a matrix unit for 8-bit floats run; XLA CPU converts it."""
-    return matmul_reference(x, w, layer=layer, precision=lax.Precision.DEFAULT) * scale
+    return fp8_matmul_reference.matmul(x, w, layer=layer, precision=lax.Precision.DEFAULT) * scale
 
 
 CASES = [
@@ -113,7 +118,7 @@ def test_cpu_converts_block_by_block(options: dict[str, Any], monkeypatch: pytes
 @pytest.mark.parametrize("kernel", ["mosaic", "triton"])
 def test_few_rows_of_layers_on_nvidia_gpus(kernel: str):
     """What they run on in `target_chip`: kernels of weight-only products, exact codes, scales after the sums."""
-    module: Any = {"mosaic": matmul_mosaic_gpu, "triton": matmul_triton}[kernel]
+    module: Any = {"mosaic": matmul_mosaic, "triton": matmul_triton}[kernel]
     if kernel == "mosaic" and jax.__version_info__ < (0, 11):
         pytest.skip("Mosaic GPU is interpreted from jax 0.11 on")
     case = Case("e4m3 e5m2", layers=3, rows=5, k=192, n=64)

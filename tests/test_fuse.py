@@ -15,8 +15,8 @@ from jax import export, lax
 from models import ZOO
 
 import qjax
-from pallas_kernels.fused_matmul import fused_matmul_p
-from passes import control_flow
+from qjax.pallas_kernels.ops.epilogue_matmul.api import fused_matmul_p
+from qjax.passes.jaxpr import control_flow
 
 SPEC = qjax.int4(group=8, scale=qjax.AbsMax())
 BF16 = jnp.bfloat16
@@ -52,7 +52,7 @@ def unfused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def of(fn: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             with monkeypatch.context() as patch:
-                patch.setattr("qjax.call.plan_fusions", lambda *args: ())
+                patch.setattr("qjax.compile.compiled.plan_fusions", lambda *args: ())
                 return fn(*args)
 
         return run

@@ -21,10 +21,15 @@ from jax.extend.core import primitives as prims
 from test_matmul_gpu import interprets, run_apart
 
 import qjax
-from pallas_kernels import blocks_gpu, gpu_operands, matmul_gpu, matmul_mosaic_gpu, matmul_triton
-from pallas_kernels.epilogue import Constant, Epilogue, Step
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-from pallas_kernels.qtensor import Layout, QTensor, quantize
+from qjax.pallas_kernels.backends import gpu_operands, triton
+from qjax.pallas_kernels.backends.epilogue import Constant, Epilogue, Step
+from qjax.pallas_kernels.chips import gpu as gpu_chips
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+from qjax.pallas_kernels.ops.matmul import gpu as matmul_gpu
+from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -178,7 +183,7 @@ def test_triton_against_float64(case: Case):
 
 # --- Mosaic GPU -----------------------------------------------------------------------------------------------------
 
-G = matmul_mosaic_gpu.Blocks
+G = matmul_mosaic.Blocks
 MOSAIC = (
     Case("bias", 5, 128, 128, PerGroup(64), G(8, 128, 128, 1, 2, 1)),
     Case("everything", 70, 128, 64, PerGroup(64), G(64, 64, 128, 1, 2, 1), zero_point=True),  # two strips, an edge
@@ -206,8 +211,8 @@ class Joint(Operands):
         x = self.x(self.m, self.k)
         layers = [self.layer] * len(weights)
         how = {"blocks": self.blocks, "interpret": True, **HOW}
-        together = jax.jit(lambda x, ws: matmul_mosaic_gpu.joint_matmul(x, ws, layers=layers, **how))(x, weights)
-        alone = functools.partial(matmul_mosaic_gpu.matmul, layer=self.layer, transpose=False, **how)
+        together = jax.jit(lambda x, ws: matmul_mosaic.joint_matmul(x, ws, layers=layers, **how))(x, weights)
+        alone = functools.partial(matmul_mosaic.matmul, layer=self.layer, transpose=False, **how)
         apart = [jax.jit(alone)(x, w) for w in weights]
         return all(bool(a.dtype == b.dtype and (a == b).all()) for a, b in zip(together, apart, strict=True))
 
@@ -220,9 +225,9 @@ JOINT = (
 
 def run_mosaic() -> None:
     """Writes the error of each case, in a process that the fixture below starts."""
-    blocks_gpu.CHIPS["h100"] = dataclasses.replace(blocks_gpu.CHIPS["h100"], processors=2)  # threads are few
+    gpu_chips.CHIPS["h100"] = dataclasses.replace(gpu_chips.CHIPS["h100"], processors=2)  # threads are few
     for case in MOSAIC:
-        print(json.dumps(case.error(matmul_mosaic_gpu)), flush=True)
+        print(json.dumps(case.error(matmul_mosaic)), flush=True)
     for joint in JOINT:
         print(json.dumps(joint.same()), flush=True)
 
@@ -247,13 +252,13 @@ def test_joint_products_have_the_bits_of_each_alone(mosaic: list[Any]):
 
 
 def test_tiles_of_a_pair_leave_room_for_both_sums():
-    pair = matmul_mosaic_gpu.Beside(2, ((True, True, BF16),))
+    pair = matmul_mosaic.Beside(2, ((True, True, BF16),))
     for m in (1, 16, 64, 256, 2048):
-        for blocks in matmul_mosaic_gpu.candidates(m, 4096, 14336, 4, beside=pair):
-            matmul_mosaic_gpu._check(blocks, 14336, 4, F32, pair)
+        for blocks in matmul_mosaic.candidates(m, 4096, 14336, 4, beside=pair):
+            matmul_mosaic._check(blocks, 14336, 4, F32, pair)
             assert 2 * 64 * blocks.m * 4 / 128 + 64 <= 4 * (255 if blocks.warpgroups <= 2 else 104)
     with pytest.raises(ValueError, match="at most 128"):
-        matmul_mosaic_gpu._check(G(136, 64, 128, 1, 2, 1), 64, 4, F32, pair)
+        matmul_mosaic._check(G(136, 64, 128, 1, 2, 1), 64, 4, F32, pair)
 
 
 def _gated(p: Any, x: Any) -> Any:
@@ -285,7 +290,7 @@ INT4 = qjax.Rule("*", qjax.int4(group=64, scale=qjax.AbsMax()))
     ],
 )
 def test_a_gated_model_calls_one_kernel(model: Any, rule: Any, chip: str, kernels: int):
-    if chip == "a100" and not matmul_triton.finds_device():
+    if chip == "a100" and not triton.finds_device():
         pytest.skip("from jax 0.11 on Triton's lowering asks for a device")
     generator = np.random.default_rng(0)
     params = {name: jnp.asarray(generator.standard_normal((128, 64)), BF16) for name in ("gate", "up")}

@@ -21,13 +21,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from pallas_kernels import activations, integer_matmul_tpu, matmul_tpu, partition
-from pallas_kernels.activations import Activation, ActSpec, MinMax
-from pallas_kernels.epilogue import OPERATIONS, Constant, Epilogue, Step
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-from pallas_kernels.fused_matmul import on_each_device
-from pallas_kernels.matmul_tpu import Beside, Blocks
-from pallas_kernels.qtensor import Layout, QTensor, quantize
+from qjax.pallas_kernels.backends.epilogue import OPERATIONS, Constant, Epilogue, Step
+from qjax.pallas_kernels.backends.tpu_operands import Beside
+from qjax.pallas_kernels.numbers import activations
+from qjax.pallas_kernels.numbers.activation_ranges import ActSpec, MinMax
+from qjax.pallas_kernels.numbers.activations import Activation
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+from qjax.pallas_kernels.ops import partition
+from qjax.pallas_kernels.ops.epilogue_matmul.api import on_each_device
+from qjax.pallas_kernels.ops.integer_matmul import tpu as integer_matmul_tpu
+from qjax.pallas_kernels.ops.matmul import tpu as matmul_tpu
+from qjax.pallas_kernels.ops.matmul import tpu_tiles as matmul_tpu_tiles
+from qjax.pallas_kernels.ops.matmul.tpu_tiles import Blocks
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 # Each program runs once. Excess precision would drop the rounding to bfloat16 that an interpreted kernel asks for.
@@ -272,13 +279,13 @@ def test_tiles_leave_room_for_what_is_beside_the_product(m: int):
     spec = QuantSpec(FORMATS["int4"], PerGroup(128))
     beside = Beside(2, ((False, True), (True, True), (True, True)))
     for dtype in (BF16, F32):
-        blocks = matmul_tpu.default_blocks(m, 8192, 28672, spec, dtype, beside=beside)
+        blocks = matmul_tpu_tiles.default_blocks(m, 8192, 28672, spec, dtype, beside=beside)
         assert blocks is not None
         # twice x, the words, the other operands and the result; the sums
         tile, words = blocks.m * blocks.n * 4, blocks.k * blocks.n // 2
         assert 2 * (blocks.m * blocks.k * dtype.itemsize + 2 * words + 3 * tile) + 2 * tile < 16 * 2**20
     many = Beside(2, ((True, True),) * 2000)
-    assert matmul_tpu.default_blocks(m, 8192, 28672, spec, BF16, beside=many) is None
+    assert matmul_tpu_tiles.default_blocks(m, 8192, 28672, spec, BF16, beside=many) is None
 
 
 # --- Several devices, in a process apart ---------------------------------------------------------------------------

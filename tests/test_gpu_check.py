@@ -10,8 +10,8 @@ from typing import Any
 import gpu_check
 import pytest
 
-from pallas_kernels import matmul_mosaic_gpu
-from pallas_kernels.blocks_gpu import KEY
+from qjax.pallas_kernels.chips.gpu import KEY
+from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
 
 # In place of the script, a worker whose tasks say what happens.
 _WORKER = """
@@ -107,7 +107,7 @@ def test_the_table_of_tiles_is_what_the_kernel_reads():
     (row,) = json.loads(gpu_check.table(record()))["rows"]
     assert set(KEY) <= set(row)
     assert (row["chip"], row["m"]) == ("h100", 16)
-    assert matmul_mosaic_gpu.Blocks(**row["blocks"]).warpgroups == 4
+    assert matmul_mosaic.Blocks(**row["blocks"]).warpgroups == 4
 
 
 def test_every_shape_of_the_tasks_has_a_limit_and_a_known_kind():

@@ -18,18 +18,16 @@ from gpu_compile import ATTENTION, INTEGER, INTEGER_FUSED, RAGGED, VARIANTS, Att
 from jax.extend.core import primitives as prims
 
 import qjax
-from pallas_kernels import (
-    integer_matmul_mosaic_gpu,
-    integer_matmul_triton,
-    matmul_gpu,
-    matmul_mosaic_gpu,
-    matmul_triton,
-)
-from pallas_kernels.blocks_gpu import target_chip
-from pallas_kernels.epilogue import OPERATIONS, Constant, Epilogue, Step
-from pallas_kernels.integer_matmul import integer_matmul
-from pallas_kernels.qtensor import QTensor
-from pallas_kernels.take import quantized_take
+from qjax.pallas_kernels.backends.epilogue import OPERATIONS, Constant, Epilogue, Step
+from qjax.pallas_kernels.chips.gpu import target_chip
+from qjax.pallas_kernels.ops.integer_matmul import mosaic as integer_matmul_mosaic
+from qjax.pallas_kernels.ops.integer_matmul import triton as integer_matmul_triton
+from qjax.pallas_kernels.ops.integer_matmul.api import integer_matmul
+from qjax.pallas_kernels.ops.matmul import gpu as matmul_gpu
+from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
+from qjax.pallas_kernels.ops.take.api import quantized_take
+from qjax.pallas_kernels.packed.qtensor import QTensor
 
 if not gpu_compile.available():
     pytest.skip("JAX's CUDA plugin is not installed, or no ptxas (scripts/gpu_compile.py)", allow_module_level=True)
@@ -41,7 +39,7 @@ MOSAIC, TRITON = "mosaic_gpu_v2", "__gpu$xla.gpu.triton"
 def test_mosaic_gpu_compiles_without_spills(variant: Variant):
     with target_chip("h100"):
         compiled, (kernel,) = gpu_compile.compile_counted(
-            gpu_compile.product(matmul_mosaic_gpu), variant.x(), variant.weight("nk"), chip="h100"
+            gpu_compile.product(matmul_mosaic), variant.x(), variant.weight("nk"), chip="h100"
         )
     assert f'custom_call_target="{MOSAIC}"' in compiled.as_text()
     assert kernel.spilled == 0
@@ -51,9 +49,9 @@ def test_mosaic_gpu_compiles_without_spills(variant: Variant):
 
 def test_spills_are_found():
     """A warpgroup that holds the scales and zero points of sixteen groups has no registers left for weights."""
-    blocks = matmul_mosaic_gpu.Blocks(m=8, n=128, k=1024, ways=2, stages=2, splits=1)
+    blocks = matmul_mosaic.Blocks(m=8, n=128, k=1024, ways=2, stages=2, splits=1)
     variant = Variant("int4", 32, True, "bfloat16", 8, 4096, 4096)
-    product = gpu_compile.product(matmul_mosaic_gpu, blocks=blocks)
+    product = gpu_compile.product(matmul_mosaic, blocks=blocks)
     _, (kernel,) = gpu_compile.compile_counted(product, variant.x(), variant.weight("nk"), chip="h100")
     assert kernel.spilled > 0
 
@@ -69,7 +67,7 @@ def test_triton_compiles(variant: Variant, chip: str, order: str):
 @pytest.mark.parametrize(("name", "variant"), gpu_compile.FUSED, ids=str)
 def test_epilogues_compile_without_spills(name: str, variant: Variant):
     with target_chip("h100"):
-        function, operands = gpu_compile.fused(matmul_mosaic_gpu, name, variant, "nk")
+        function, operands = gpu_compile.fused(matmul_mosaic, name, variant, "nk")
         _, (kernel,) = gpu_compile.compile_counted(function, *operands, chip="h100")
     assert kernel.spilled == 0
     assert not kernel.serialized
@@ -132,7 +130,7 @@ def every_operation(missing: set[Any]) -> Epilogue:
     return Epilogue(f32, 1, 0, tuple(steps), value)
 
 
-@pytest.mark.parametrize("kernel", [matmul_mosaic_gpu, matmul_triton], ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("kernel", [matmul_mosaic, matmul_triton], ids=lambda kernel: kernel.__name__)
 def test_every_operation_of_an_epilogue_compiles(kernel: Any, monkeypatch: pytest.MonkeyPatch):
     epilogue = every_operation(kernel._MISSING)
     assert kernel.unsupported_epilogue(epilogue) is None
@@ -195,7 +193,7 @@ def test_scanned_layers_read_the_packed_stack_in_place(chip: str, order: str, ca
 def test_integer_mosaic_gpu_compiles_without_spills(variant: Variant):
     with target_chip("h100"):
         _, (kernel,) = gpu_compile.compile_counted(
-            gpu_compile.integer_product(integer_matmul_mosaic_gpu, variant.dtype),
+            gpu_compile.integer_product(integer_matmul_mosaic, variant.dtype),
             *variant.codes(),
             variant.weight("nk"),
             chip="h100",
@@ -218,8 +216,8 @@ def test_one_scale_for_a_whole_matrix_compiles(activations: Any):
 def test_wgmma_multiplies_integers_with_so_many_rows(m: int):
     """It takes fewer sizes than for floats; here with eight rows of ones."""
     variant = Variant("int4", None, False, "bfloat16", m, 128, 64)
-    blocks = integer_matmul_mosaic_gpu.Blocks(m=m, n=64, k=128, ways=1, stages=2, splits=1)
-    product = gpu_compile.integer_product(integer_matmul_mosaic_gpu, variant.dtype, blocks=blocks)
+    blocks = integer_matmul_mosaic.Blocks(m=m, n=64, k=128, ways=1, stages=2, splits=1)
+    product = gpu_compile.integer_product(integer_matmul_mosaic, variant.dtype, blocks=blocks)
     gpu_compile.compile(product, *variant.codes(), variant.weight("nk"), chip="h100")
 
 
@@ -233,7 +231,7 @@ def test_integer_triton_compiles(variant: Variant, chip: str, order: str):
 
 @pytest.mark.parametrize(("name", "variant"), [INTEGER_FUSED[i] for i in (0, 3, 5, 6)], ids=str)
 def test_integer_mosaic_gpu_with_an_epilogue_compiles_without_spills(name: str, variant: Variant):
-    function, operands = gpu_compile.fused_integers(integer_matmul_mosaic_gpu, name, variant, "nk")
+    function, operands = gpu_compile.fused_integers(integer_matmul_mosaic, name, variant, "nk")
     with target_chip("h100"):
         _, (kernel,) = gpu_compile.compile_counted(function, *operands, chip="h100")
     assert kernel.spilled == 0

@@ -16,10 +16,10 @@ from flax.training.train_state import TrainState
 from jax import lax
 
 import qjax
-from pallas_kernels import activations
-from pallas_kernels.integer_matmul import integer_matmul_p
-from passes import observe
-from passes.plan import PlanError, Rule
+from qjax.pallas_kernels.numbers import activations
+from qjax.pallas_kernels.ops.integer_matmul.api import integer_matmul_p
+from qjax.passes.calibration import ranges, statistic
+from qjax.passes.plan.rules import PlanError, Rule
 
 RNG = np.random.default_rng(0)
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -233,10 +233,10 @@ def test_missing_ranges_are_an_error():
 # --- Observers -------------------------------------------------------------------------------------------------
 
 
-def histogram(x: np.ndarray, spec: qjax.ActSpec) -> observe.Statistic:
+def histogram(x: np.ndarray, spec: qjax.ActSpec) -> statistic.Statistic:
     total = None
     for part in np.array_split(x, 5):
-        seen = observe.observe(jnp.asarray(part), spec, (0,))
+        seen = statistic.observe(jnp.asarray(part), spec, (0,))
         total = seen if total is None else total.follow(seen, 0.0)
     assert total is not None
     return total
@@ -248,8 +248,8 @@ def test_percentile_is_that_of_the_values(zero_point: bool):
     spec = qjax.static(observer=qjax.Percentile(99.0), zero_point=zero_point)
     statistic = histogram(x, spec)
     assert float(jnp.sum(statistic.counts)) == x.size
-    low, high = observe.extremes(statistic, spec)
-    width = float(statistic.limit) / observe.BINS
+    low, high = ranges.extremes(statistic, spec)
+    width = float(statistic.limit) / statistic.BINS
     expected = np.percentile(x, [0.5, 99.5]) if zero_point else np.percentile(np.abs(x), 99.0) * np.asarray([-1, 1])
     np.testing.assert_allclose([low, high], expected, atol=1.5 * width)
 
@@ -258,7 +258,7 @@ def test_percentile_is_that_of_the_values(zero_point: bool):
 def test_mse_range_is_that_of_least_error(zero_point: bool):
     x = RNG.standard_t(3, 20_000).astype(np.float32) + np.float32(0.5 * zero_point)
     spec = qjax.static("int4", observer=qjax.MseRange(), zero_point=zero_point)
-    low, high = observe.extremes(histogram(x, spec), spec)
+    low, high = ranges.extremes(histogram(x, spec), spec)
 
     def error(low: float, high: float) -> float:
         ranges = {"low": jnp.float32(low), "high": jnp.float32(high)}
@@ -276,22 +276,22 @@ def test_mse_range_is_that_of_least_error(zero_point: bool):
 def test_entropy_range_clips_outliers_and_keeps_a_bell():
     spec = qjax.static(observer=qjax.EntropyRange(), zero_point=False)
     x = RNG.normal(size=100_000).astype(np.float32)
-    _, high = observe.extremes(histogram(x, spec), spec)
+    _, high = ranges.extremes(histogram(x, spec), spec)
     assert 3 < high <= np.abs(x).max() + 1e-3
     x[0] = 100.0
-    _, clipped = observe.extremes(histogram(x, spec), spec)
+    _, clipped = ranges.extremes(histogram(x, spec), spec)
     assert clipped < 20
 
 
 def test_histograms_merge_exactly():
     spec = qjax.static(observer=qjax.Percentile(99.0))
     parts = [RNG.normal(size=500).astype(np.float32) * s for s in (1.0, 300.0, 0.01, 7.0)]
-    seen = [observe.observe(jnp.asarray(part), spec, (0,)) for part in parts]
+    seen = [statistic.observe(jnp.asarray(part), spec, (0,)) for part in parts]
     left = seen[0].combine(seen[1]).combine(seen[2].combine(seen[3]))
     right = seen[3].combine(seen[2]).combine(seen[1]).combine(seen[0])
     np.testing.assert_array_equal(left.counts, right.counts)
     assert float(jnp.sum(left.counts)) == 2000
-    edges = np.arange(observe.BINS + 1) * float(left.limit) / observe.BINS
+    edges = np.arange(statistic.BINS + 1) * float(left.limit) / statistic.BINS
     values = np.concatenate(parts)
     np.testing.assert_array_equal(left.counts[1], np.histogram(values[values >= 0], edges)[0])
     nothing = seen[0].nothing()
@@ -302,7 +302,7 @@ def test_histograms_merge_exactly():
 @pytest.mark.parametrize("keep", [(1,), (0,)])
 def test_extremes_per_channel_and_per_token(keep: tuple[int, ...]):
     x = RNG.normal(size=(7, 5)).astype(np.float32)
-    seen = observe.observe(jnp.asarray(x), MIN_MAX, (1,), keep)
+    seen = statistic.observe(jnp.asarray(x), MIN_MAX, (1,), keep)
     np.testing.assert_array_equal(seen.low, x.min(axis=1 - keep[0]))
     np.testing.assert_array_equal(seen.high, x.max(axis=1 - keep[0]))
 

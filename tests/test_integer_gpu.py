@@ -21,17 +21,16 @@ import numpy as np
 import pytest
 from test_integer_matmul import Case, Fused
 
-from pallas_kernels import (
-    blocks_gpu,
-    integer_matmul_gpu,
-    integer_matmul_mosaic_gpu,
-    integer_matmul_triton,
-    integer_operands_gpu,
-    matmul_triton,
-)
-from pallas_kernels.activations import ActSpec, MinMax
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
-from pallas_kernels.qtensor import Layout, QTensor, quantize
+from qjax.pallas_kernels.chips import gpu as gpu_chips
+from qjax.pallas_kernels.numbers.activation_ranges import ActSpec, MinMax
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
+from qjax.pallas_kernels.ops.integer_matmul import gpu as integer_matmul_gpu
+from qjax.pallas_kernels.ops.integer_matmul import gpu_operands as integer_matmul_gpu_operands
+from qjax.pallas_kernels.ops.integer_matmul import mosaic as integer_matmul_mosaic
+from qjax.pallas_kernels.ops.integer_matmul import triton as integer_matmul_triton
+from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -89,7 +88,7 @@ class Product:
 
 # --- Mosaic GPU -----------------------------------------------------------------------------------------------------
 
-G = integer_matmul_mosaic_gpu.Blocks
+G = integer_matmul_mosaic.Blocks
 # Tiles: m, n, k, ways, stages, splits.
 MOSAIC = (
     Product(8, PerChannel(), "", 1, 256, 64, G(8, 64, 128, 1, 2, 1)),
@@ -126,11 +125,11 @@ MOSAIC_FUSED = (
 
 def run_mosaic() -> None:
     """Writes what is wrong in each case, in a process that the fixture below starts."""
-    blocks_gpu.CHIPS["h100"] = dataclasses.replace(blocks_gpu.CHIPS["h100"], processors=2)  # threads are few
+    gpu_chips.CHIPS["h100"] = dataclasses.replace(gpu_chips.CHIPS["h100"], processors=2)  # threads are few
     for product in MOSAIC:
-        print(json.dumps(product.wrong(integer_matmul_mosaic_gpu)), flush=True)
+        print(json.dumps(product.wrong(integer_matmul_mosaic)), flush=True)
     for fused, blocks in MOSAIC_FUSED:
-        fused.check(integer_matmul_mosaic_gpu.fused_matmul, blocks=blocks, interpret=True)
+        fused.check(integer_matmul_mosaic.fused_matmul, blocks=blocks, interpret=True)
         print(json.dumps(0), flush=True)
 
 
@@ -159,7 +158,7 @@ def test_mosaic_gpu_epilogues(mosaic_wrong: list[int]):
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="jax 0.11 interprets the kernel")
 def test_interpreting_on_an_old_jax_is_an_error():
     with pytest.raises(NotImplementedError, match=r"jax 0\.11"):
-        MOSAIC[0].wrong(integer_matmul_mosaic_gpu)
+        MOSAIC[0].wrong(integer_matmul_mosaic)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +177,7 @@ def test_interpreting_on_an_old_jax_is_an_error():
 def test_tiles_that_do_not_fit_are_an_error(granularity: Any, blocks: Any, message: str):
     case = Case(8, granularity, rows=8, k=384, n=128, zero=True, order="nk")
     with pytest.raises(ValueError, match=message):
-        integer_matmul_mosaic_gpu.matmul(*case.operands, layer=None, out_dtype=F32, blocks=blocks)
+        integer_matmul_mosaic.matmul(*case.operands, layer=None, out_dtype=F32, blocks=blocks)
 
 
 def shapes(bits: int, granularity: Any, k: int, n: int, order: Any = "nk", format: str | None = None) -> QTensor:
@@ -195,10 +194,10 @@ def test_candidates_fit(bits: int, granularity: Any, ones: int):
     for k, n in ((64, 64), (4096, 4096), (8192, 57344)):
         w = shapes(bits, granularity, k, n)
         for m in (1, 64, 100, 3000):
-            found = integer_matmul_mosaic_gpu.candidates(m, w, ones=ones)
-            assert integer_matmul_mosaic_gpu.default_blocks(m, w, ones=ones) in found
+            found = integer_matmul_mosaic.candidates(m, w, ones=ones)
+            assert integer_matmul_mosaic.default_blocks(m, w, ones=ones) in found
             for blocks in found:
-                integer_matmul_mosaic_gpu._check(blocks, w, ones)
+                integer_matmul_mosaic._check(blocks, w, ones)
                 # Sums of integers, and of groups, in registers: 64 columns by a warpgroup of 128 threads.
                 sums = (blocks.m + ones + (0 if w.group_size == k else blocks.m)) * 64 // 128
                 assert sums <= (64 if blocks.warpgroups > 2 else 128)
@@ -206,7 +205,7 @@ def test_candidates_fit(bits: int, granularity: Any, ones: int):
 
 def test_every_multiprocessor_has_work():
     for k, n in ((4096, 14336), (8192, 8192), (8192, 28672), (14336, 4096)):
-        blocks = integer_matmul_mosaic_gpu.default_blocks(16, shapes(8, PerChannel(), k, n))
+        blocks = integer_matmul_mosaic.default_blocks(16, shapes(8, PerChannel(), k, n))
         assert 100 <= -(-n // blocks.n) * blocks.splits <= 132
 
 
@@ -256,9 +255,9 @@ def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(matmul_triton, "finds_device", lambda: True)
     x, plain = jax.ShapeDtypeStruct((5, 256), jnp.int8), shapes(8, PerChannel(), 256, 128)
     assert "target_chip" in (integer_matmul_gpu.kernel(x, plain, F32)[1] or "")  # on a CPU
-    with blocks_gpu.target_chip("h100"):
-        assert integer_matmul_gpu.kernel(x, plain, F32) == (integer_matmul_mosaic_gpu, None)
-        assert integer_matmul_gpu.kernel(x, shapes(4, PerGroup(64), 256, 128), F32)[0] is integer_matmul_mosaic_gpu
+    with gpu_chips.target_chip("h100"):
+        assert integer_matmul_gpu.kernel(x, plain, F32) == (integer_matmul_mosaic, None)
+        assert integer_matmul_gpu.kernel(x, shapes(4, PerGroup(64), 256, 128), F32)[0] is integer_matmul_mosaic
         for w, reason in (
             (shapes(8, PerChannel(), 256, 128, "kn"), "reorder"),
             (shapes(8, PerChannel(), 256, 100), "N must be a multiple of 64"),
@@ -277,7 +276,7 @@ def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
             kernel, why = integer_matmul_gpu.kernel(x, w, dtype)
             assert kernel is None
             assert reason in (why or "")
-    with blocks_gpu.target_chip("a100"):
+    with gpu_chips.target_chip("a100"):
         assert integer_matmul_gpu.kernel(x, plain, F32) == (integer_matmul_triton, None)
         monkeypatch.setattr(matmul_triton, "finds_device", lambda: False)
         assert "use_abstract_mesh" in (integer_matmul_gpu.kernel(x, plain, F32)[1] or "")
@@ -289,7 +288,7 @@ def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("zero", [False, True])
 def test_sums_of_groups_of_rows(zero: bool):
     case = Case(8, PerGroup(32), rows=3, stack=(2,), k=80, zero=zero)
-    sums = jax.jit(integer_operands_gpu.row_sums, static_argnums=2)(case.x, case.zero, 32)
+    sums = jax.jit(integer_matmul_gpu_operands.row_sums, static_argnums=2)(case.x, case.zero, 32)
     x = np.asarray(case.x, np.int64) - (np.asarray(case.zero, np.int64) if zero else 0)
     want = np.stack([x[..., start : start + 32].sum(axis=-1) for start in (0, 32, 64)], axis=1)
     assert (np.asarray(sums) == want).all()

@@ -20,14 +20,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.extend.core import primitives as prims
 
-from pallas_kernels import integer_matmul_cpu
-from pallas_kernels.activations import Activation, ActSpec
-from pallas_kernels.epilogue import Constant, Epilogue, Step
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
-from pallas_kernels.integer_matmul import integer_matmul, integer_matmul_p, matmul_reference
-from pallas_kernels.numerics import Scales
-from pallas_kernels.packing import PLANES
-from pallas_kernels.qtensor import Layout, QTensor, quantize
+from qjax.pallas_kernels.backends.epilogue import Constant, Epilogue, Step
+from qjax.pallas_kernels.numbers.activation_ranges import ActSpec
+from qjax.pallas_kernels.numbers.activations import Activation
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
+from qjax.pallas_kernels.numbers.packing import PLANES
+from qjax.pallas_kernels.numbers.stored_scales import Scales
+from qjax.pallas_kernels.ops.integer_matmul import cpu as integer_matmul_cpu
+from qjax.pallas_kernels.ops.integer_matmul import reference as integer_matmul_reference
+from qjax.pallas_kernels.ops.integer_matmul.api import integer_matmul, integer_matmul_p
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 K, N = 200, 33  # no group of 24, 32 or 160 divides K, N is odd
 # Bits, granularity, order and rows of x: every format without a dot, every format in blocks of N, and the rest mixed.
@@ -261,7 +264,7 @@ def cpu(x: Any, scale: Any, zero: Any, w: QTensor, **options: Any) -> jax.Array:
 
 
 def reference(x: Any, scale: Any, zero: Any, w: QTensor, layer: Any = None) -> jax.Array:
-    return matmul_reference(x, scale, zero, w, layer=layer, out_dtype=jnp.float32)
+    return integer_matmul_reference.matmul(x, scale, zero, w, layer=layer, out_dtype=jnp.float32)
 
 
 def _run(cases: list[Case], function: Any) -> None:

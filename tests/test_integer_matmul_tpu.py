@@ -17,13 +17,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_integer_matmul import Case, Fused, assert_same_bits
 
-from pallas_kernels import integer_matmul_tpu
-from pallas_kernels.activations import ActSpec, MinMax
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
-from pallas_kernels.integer_matmul import integer_matmul
-from pallas_kernels.integer_matmul_tpu import Blocks
-from pallas_kernels.numerics import Scales
-from pallas_kernels.qtensor import Layout, QTensor, quantize
+from qjax.pallas_kernels.numbers.activation_ranges import ActSpec, MinMax
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
+from qjax.pallas_kernels.numbers.stored_scales import Scales
+from qjax.pallas_kernels.ops.integer_matmul import tpu as integer_matmul_tpu
+from qjax.pallas_kernels.ops.integer_matmul.api import integer_matmul
+from qjax.pallas_kernels.ops.integer_matmul.tpu import Blocks
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 
 def _form(bits: int, granularity: Any, **options: Any) -> dict[str, Any]:

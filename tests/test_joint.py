@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec as P
 from models import ZOO
 
 import qjax
-from pallas_kernels import matmul_mosaic_gpu
-from pallas_kernels.joint_matmul import joint_matmul, joint_matmul_p
-from pallas_kernels.qtensor import Layout, QTensor, quantize
-from passes import control_flow
+from qjax.pallas_kernels.ops.horizontal_matmul.api import joint_matmul, joint_matmul_p
+from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
+from qjax.passes.jaxpr import control_flow
 
 SPEC = qjax.int4(group=8, scale=qjax.AbsMax())
 BF16 = jnp.bfloat16
@@ -68,7 +69,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def of(fn: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             with monkeypatch.context() as patch:
-                patch.setattr("qjax.call.plan_joints", lambda *args: ())
+                patch.setattr("qjax.compile.compiled.plan_joints", lambda *args: ())
                 return fn(*args)
 
         return run
@@ -285,8 +286,8 @@ def test_where_it_is_one_kernel(chip: str | None, order: Any, n: int, launches: 
         taken.append([w.layout.n for w in weights])
         return [x @ jnp.ones((64, w.layout.n), x.dtype) for w in weights]
 
-    monkeypatch.setattr(matmul_mosaic_gpu, "joint_matmul", stand_in, raising=False)
-    monkeypatch.setattr("pallas_kernels.matmul_gpu._choose", lambda *args: (None, None))
+    monkeypatch.setattr(matmul_mosaic, "joint_matmul", stand_in, raising=False)
+    monkeypatch.setattr("qjax.pallas_kernels.ops.matmul.gpu._choose", lambda *args: (None, None))
     run = jax.jit(lambda x: joint_matmul(x, ws, layers=[None, None]))
     with qjax.target_chip(chip) if chip else contextlib.nullcontext():
         export.export(run, platforms=["cuda"])(array(8, 64, dtype=BF16))

@@ -15,14 +15,14 @@ from flax import nnx
 from jax import lax
 
 import qjax
-from pallas_kernels import kv_cache
-from pallas_kernels.formats import FORMATS
-from pallas_kernels.kv_cache import CacheSpec, QCache
-from passes import lower
-from passes.kv_cache import CacheRule, as_cache_rules, plan_caches, plan_given
-from passes.plan import PlanError
-from passes.replay import replay
-from passes.trace import trace
+from qjax.pallas_kernels.numbers.formats import FORMATS
+from qjax.pallas_kernels.packed import qcache
+from qjax.pallas_kernels.packed.qcache import CacheSpec, QCache
+from qjax.passes.jaxpr.replay import replay
+from qjax.passes.jaxpr.trace import trace
+from qjax.passes.plan.caches import plan_caches, plan_given
+from qjax.passes.plan.rules import CacheRule, PlanError, as_cache_rules
+from qjax.passes.rewrites import lower
 
 INT8, INT4 = CacheSpec(FORMATS["int8"]), CacheSpec(FORMATS["int4"])
 SPECS = {
@@ -36,8 +36,8 @@ SPECS = {
 
 
 # eager, each of their operations would be compiled by itself
-quantize = jax.jit(kv_cache.quantize, static_argnums=(1, 2))
-dequantize = jax.jit(kv_cache.dequantize)
+quantize = jax.jit(qcache.quantize, static_argnums=(1, 2))
+dequantize = jax.jit(qcache.dequantize)
 
 
 def normal(seed: int, *shape: int, dtype: Any = np.float32) -> jax.Array:
@@ -103,15 +103,15 @@ def test_any_axis_can_hold_the_vectors(name: str, axis: int):
     last = quantize(jnp.moveaxis(x, axis, -1), spec, -1)
     np.testing.assert_array_equal(dequantize(cache), jnp.moveaxis(dequantize(last), -1, axis))
     assert cache.shape == x.shape
-    assert cache.nbytes == kv_cache.packed_nbytes(x.shape, spec, axis)
+    assert cache.nbytes == qcache.packed_nbytes(x.shape, spec, axis)
     assert cache.scale.dtype == spec.scale_dtype
     assert dequantize(jax.tree.map(lambda a: a[1], cache)).shape == x.shape[1:]
-    again = kv_cache.from_leaves(kv_cache.leaves(cache), cache, axis % 4, x.dtype)
+    again = qcache.from_leaves(qcache.leaves(cache), cache, axis % 4, x.dtype)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again, cache))
 
 
 def test_zeros_are_exact_and_share_no_buffer():
-    cache = kv_cache.zeros((2, 8, 2, 16), jnp.bfloat16, INT4, -1)
+    cache = qcache.zeros((2, 8, 2, 16), jnp.bfloat16, INT4, -1)
     assert not np.asarray(dequantize(cache)).any()
     assert dequantize(cache).dtype == jnp.bfloat16
     assert cache.codes.dtype == jnp.int32
@@ -405,7 +405,7 @@ def test_a_cache_filled_at_once_is_quantized_as_it_leaves():
 
     cache, new = jnp.zeros(CACHE), normal(18, B, 3, H, D)
     program = trace(fn, [cache, new], [None, None], ["cache", None])
-    packed = kv_cache.zeros(CACHE, jnp.float32, INT8, -1)
+    packed = qcache.zeros(CACHE, jnp.float32, INT8, -1)
     plan = plan_given(program, ["cache"], {"cache": packed})
     (after,), _ = replay(program, [packed, new], rules={}, caches=plan)
     np.testing.assert_array_equal(after.codes[:, :3], quantize(new, INT8, -1).codes)
@@ -470,7 +470,7 @@ def test_arithmetic_on_the_old_entries_is_refused(write):
     with pytest.raises(PlanError, match="quantizes nothing"):
         plan_caches(program, results, as_cache_rules("int8"))
     with pytest.raises(ValueError, match=r"'cache' is packed .* cannot stay so"):
-        plan_given(program, results, {"cache": kv_cache.zeros(CACHE, jnp.float32, INT8, -1)})
+        plan_given(program, results, {"cache": qcache.zeros(CACHE, jnp.float32, INT8, -1)})
 
 
 def test_an_axis_that_is_cut_holds_no_vectors():
@@ -484,7 +484,7 @@ def test_an_axis_that_is_cut_holds_no_vectors():
     plan = plan_caches(program, [None, "cache"], as_cache_rules("int8"), strict=False)
     assert plan["cache"].reason == "its vectors are cut by 'scatter'"
     with pytest.raises(ValueError, match="computed from 'scatter'"):
-        plan_given(program, [None, "cache"], {"cache": kv_cache.zeros(CACHE, jnp.float32, INT8, -1)})
+        plan_given(program, [None, "cache"], {"cache": qcache.zeros(CACHE, jnp.float32, INT8, -1)})
 
 
 def test_state_that_comes_back_changed_in_form_is_refused():
@@ -755,7 +755,7 @@ def test_rules_that_do_nothing_are_errors(decoder):
         qjax.quantize(module, KEEP, kv_cache=8)
     q = qjax.quantize(module, KEEP, kv_cache="int8")
     with pytest.raises(TypeError, match="packed cache was passed where the model takes no state"):
-        q.apply(variables, kv_cache.zeros(CACHE, jnp.float32, INT8, -1))
+        q.apply(variables, qcache.zeros(CACHE, jnp.float32, INT8, -1))
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])

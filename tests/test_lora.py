@@ -19,7 +19,7 @@ from flax.training.train_state import TrainState
 from jax import lax
 
 import qjax
-from pallas_kernels.qtensor import QTensor, is_packed
+from qjax.pallas_kernels.packed.qtensor import QTensor, is_packed
 
 SPEC = qjax.int4(group=8, scale=qjax.AbsMax())
 pytestmark = pytest.mark.usefixtures("compile_quickly")

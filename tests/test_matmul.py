@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels import matmul_cpu
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
-from pallas_kernels.matmul import quantized_matmul
-from pallas_kernels.qtensor import Layout, QTensor, quantize
-from pallas_kernels.take import quantized_take
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
+from qjax.pallas_kernels.ops.matmul import cpu as matmul_cpu
+from qjax.pallas_kernels.ops.matmul.api import quantized_matmul
+from qjax.pallas_kernels.ops.take.api import quantized_take
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 K, N = 200, 33  # no group of 32 or 24 divides K, N is odd
 ROWS = (1, 3, 8, 33)

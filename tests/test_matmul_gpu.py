@@ -22,17 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import (
-    blocks_gpu,
-    gpu_operands,
-    matmul_gpu,
-    matmul_mosaic_gpu,
-    matmul_reference,
-    matmul_triton,
-    tile_mosaic_gpu,
-)
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
-from pallas_kernels.qtensor import Layout, QTensor, quantize, reorder
+from qjax.pallas_kernels.backends import gpu_operands, mosaic_tile
+from qjax.pallas_kernels.chips import gpu as gpu_chips
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
+from qjax.pallas_kernels.ops.matmul import gpu as matmul_gpu
+from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+from qjax.pallas_kernels.ops.matmul import reference as matmul_reference
+from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize, reorder
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -102,7 +100,7 @@ class Case:
 
 # --- Mosaic GPU -----------------------------------------------------------------------------------------------------
 
-G = matmul_mosaic_gpu.Blocks
+G = matmul_mosaic.Blocks
 # Tiles: m, n, k, ways, stages, splits.
 MOSAIC = (
     Case(1, 256, 128, "int4", PerGroup(128), G(8, 128, 128, 1, 2, 1)),
@@ -125,9 +123,9 @@ MOSAIC = (
 
 def run_mosaic() -> None:
     """Writes the errors of each case, in a process that the fixture below starts."""
-    blocks_gpu.CHIPS["h100"] = dataclasses.replace(blocks_gpu.CHIPS["h100"], processors=2)  # threads are few
+    gpu_chips.CHIPS["h100"] = dataclasses.replace(gpu_chips.CHIPS["h100"], processors=2)  # threads are few
     for case in MOSAIC:
-        print(json.dumps(case.errors(matmul_mosaic_gpu)), flush=True)
+        print(json.dumps(case.errors(matmul_mosaic)), flush=True)
 
 
 def run_apart(code: str) -> list[Any]:
@@ -161,7 +159,7 @@ def test_mosaic_gpu_against_float64(case: int, mosaic_errors: list[tuple[float, 
 def test_interpreting_on_an_old_jax_is_an_error():
     x, w = MOSAIC[0].operands()
     with pytest.raises(NotImplementedError, match=r"jax 0\.11"):
-        matmul_mosaic_gpu.matmul(x, w, layer=None, interpret=True, **OPTIONS)
+        matmul_mosaic.matmul(x, w, layer=None, interpret=True, **OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -177,23 +175,23 @@ def test_interpreting_on_an_old_jax_is_an_error():
 def test_tiles_that_do_not_fit_are_an_error(blocks: Any, message: str):
     x, w = Case(8, 256, 64, "int4", PerChannel(), None).operands()
     with pytest.raises(ValueError, match=message):
-        matmul_mosaic_gpu.matmul(x, w, layer=None, blocks=blocks, **OPTIONS)
+        matmul_mosaic.matmul(x, w, layer=None, blocks=blocks, **OPTIONS)
 
 
 @pytest.mark.parametrize("m", [1, 16, 40, 64, 100, 256, 3000])
 @pytest.mark.parametrize(("k", "n"), [(64, 64), (4096, 4096), (14336, 4096), (8192, 57344)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_candidates_fit(bits: int, k: int, n: int, m: int):
-    found = matmul_mosaic_gpu.candidates(m, k, n, bits)
-    assert matmul_mosaic_gpu.default_blocks(m, k, n, bits) in found
+    found = matmul_mosaic.candidates(m, k, n, bits)
+    assert matmul_mosaic.default_blocks(m, k, n, bits) in found
     for blocks in found:
-        matmul_mosaic_gpu._check(blocks, n, bits, F32)
+        matmul_mosaic._check(blocks, n, bits, F32)
         assert 64 * blocks.m * 4 / 128 + 64 <= 4 * (255 if blocks.warpgroups <= 2 else 104)  # sums in registers
 
 
 def test_every_multiprocessor_has_work():
     for k, n in ((4096, 14336), (8192, 8192), (8192, 28672), (14336, 4096)):
-        blocks = matmul_mosaic_gpu.default_blocks(16, k, n, 4)
+        blocks = matmul_mosaic.default_blocks(16, k, n, 4)
         assert 100 <= -(-n // blocks.n) * blocks.splits <= 132
 
 
@@ -214,12 +212,12 @@ def test_bytes_picked_by_codes_are_the_values_of_the_codebook(format: str, dtype
     def permute(a: int, b: int, selector: int) -> int:
         return _permuted(a, b, selector & 0xFFFF)
 
-    do = tile_mosaic_gpu.Instructions(permute, operator.and_, operator.or_, operator.rshift, lambda value: value)
+    do = mosaic_tile.Instructions(permute, operator.and_, operator.or_, operator.rshift, lambda value: value)
     codes = np.random.default_rng(0).permutation(np.repeat(np.arange(16), 8)).reshape(-1, 8)  # each code in each place
     codes = np.concatenate([codes, (np.arange(8) + np.arange(16)[:, None]) % 16])
     for eight in codes:
         word = sum(int(code) << 4 * i for i, code in enumerate(eight))
-        found = tile_mosaic_gpu.pairs(word, tile_mosaic_gpu.byte_tables(values, dtype), do)
+        found = mosaic_tile.pairs(word, mosaic_tile.byte_tables(values, dtype), do)
         bits = np.array([half for pair in found for half in (pair & 0xFFFF, pair >> 16)], np.uint16)
         np.testing.assert_array_equal(bits.view(dtype), np.asarray(values, dtype)[eight])
 
@@ -228,8 +226,8 @@ def test_bytes_picked_by_codes_are_the_values_of_the_codebook(format: str, dtype
 def test_registers_are_looked_up_in_a_program_for_a_gpu(dtype: Any):
     """Which the interpreter does not do either; `test_gpu_compile` compiles it, on the oldest JAX."""
     x, w = shapes(Case(8, 128, 64, "nf4", PerGroup(64), None, dtype=dtype))
-    with blocks_gpu.target_chip("h100"):
-        product = jax.jit(functools.partial(matmul_mosaic_gpu.matmul, layer=None, **OPTIONS))
+    with gpu_chips.target_chip("h100"):
+        product = jax.jit(functools.partial(matmul_mosaic.matmul, layer=None, **OPTIONS))
         text = product.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu_v2" in text
 
@@ -277,8 +275,8 @@ def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
     plain = Case(8, 256, 128, "int4", PerGroup(128), None)
     x, w = shapes(plain)
     assert "target_chip" in (matmul_gpu.unsupported(x, w, (), BF16) or "")  # on a CPU
-    with blocks_gpu.target_chip("h100"):
-        assert matmul_gpu._choose(x, w, (), BF16, None, False) == (matmul_mosaic_gpu, None)
+    with gpu_chips.target_chip("h100"):
+        assert matmul_gpu._choose(x, w, (), BF16, None, False) == (matmul_mosaic, None)
         for other, reason in (
             (dataclasses.replace(plain, order="kn"), "reorder"),
             (dataclasses.replace(plain, n=100), "N must be a multiple of 64"),
@@ -295,9 +293,9 @@ def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
             assert reason in why
         assert matmul_gpu._choose(x, w, (), BF16, None, True)[0] is matmul_triton
         x32, w32 = shapes(dataclasses.replace(plain, dtype=F32))
-        assert matmul_gpu._choose(x32, w32, (), F32, None, False)[0] is matmul_mosaic_gpu
+        assert matmul_gpu._choose(x32, w32, (), F32, None, False)[0] is matmul_mosaic
         assert matmul_gpu._choose(x32, w32, (), F32, jax.lax.Precision.HIGHEST, False)[0] is None
-    with blocks_gpu.target_chip("a100"):
+    with gpu_chips.target_chip("a100"):
         assert matmul_gpu._choose(x, w, (), BF16, None, False) == (matmul_triton, None)
         monkeypatch.setattr(matmul_triton, "finds_device", lambda: False)
         assert "use_abstract_mesh" in (matmul_gpu.unsupported(x, w, (), BF16) or "")
@@ -310,19 +308,19 @@ def test_without_a_gpu_a_product_is_the_reference():
 
 
 def test_an_unknown_chip_is_an_error():
-    with pytest.raises(ValueError, match="a100, l4, h100, h200"), blocks_gpu.target_chip("h300"):
+    with pytest.raises(ValueError, match="a100, l4, h100, h200"), gpu_chips.target_chip("h300"):
         pass
 
 
 def test_tiles_of_the_table_are_found(monkeypatch: pytest.MonkeyPatch):
     _, w = shapes(Case(8, 256, 128, "int4", PerGroup(128), None))
     row = {"m": 16, "n": 64, "k": 256, "ways": 2, "stages": 2, "splits": 1}
-    monkeypatch.setattr(blocks_gpu, "_table", lambda: {("h100", "int4/g128", "bfloat16", 256, 128, 16): row})
-    assert blocks_gpu.lookup(9, 256, 128, w.spec, BF16) is None
-    with blocks_gpu.target_chip("h100"):
-        assert blocks_gpu.lookup(9, 256, 128, w.spec, BF16) == row
-        assert blocks_gpu.lookup(8, 256, 128, w.spec, BF16) is None
-        assert blocks_gpu.lookup(9, 256, 256, w.spec, BF16) is None
+    monkeypatch.setattr(gpu_chips, "_table", lambda: {("h100", "int4/g128", "bfloat16", 256, 128, 16): row})
+    assert gpu_chips.lookup(9, 256, 128, w.spec, BF16) is None
+    with gpu_chips.target_chip("h100"):
+        assert gpu_chips.lookup(9, 256, 128, w.spec, BF16) == row
+        assert gpu_chips.lookup(8, 256, 128, w.spec, BF16) is None
+        assert gpu_chips.lookup(9, 256, 256, w.spec, BF16) is None
 
 
 # --- The order of words ---------------------------------------------------------------------------------------------

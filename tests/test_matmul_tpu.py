@@ -18,13 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 
-from pallas_kernels import matmul_tpu, numerics, packing, tile_tpu
-from pallas_kernels.blocks_tpu import target_chip
-from pallas_kernels.formats import FORMATS, AbsMax, Format, PerChannel, PerGroup, PerTensor, QuantSpec
-from pallas_kernels.matmul import quantized_matmul
-from pallas_kernels.matmul_tpu import Blocks
-from pallas_kernels.packing import PLANES
-from pallas_kernels.qtensor import Layout, QTensor, quantize
+from qjax.pallas_kernels.backends import tpu_tile
+from qjax.pallas_kernels.chips.tpu import target_chip
+from qjax.pallas_kernels.numbers import numerics, packing, stored_scales
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, Format, PerChannel, PerGroup, PerTensor, QuantSpec
+from qjax.pallas_kernels.numbers.packing import PLANES
+from qjax.pallas_kernels.ops.matmul import tpu as matmul_tpu
+from qjax.pallas_kernels.ops.matmul import tpu_tiles as matmul_tpu_tiles
+from qjax.pallas_kernels.ops.matmul.api import quantized_matmul
+from qjax.pallas_kernels.ops.matmul.tpu_tiles import Blocks
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -94,7 +98,7 @@ def _multiplied(w: QTensor, position: str, rounded_first: bool = False) -> np.nd
         return (
             values,
             jnp.zeros(()) if scales.zero is None else scales.zero[..., group, :],
-            numerics.resolve_scales(scales),
+            stored_scales.resolve_scales(scales),
         )
 
     values, zero, scale = (np.asarray(a, np.float64) for a in jax.jit(parts, compiler_options=_QUICK)(w))
@@ -115,15 +119,15 @@ def test_a_tile_has_the_codes_that_unpack_gives(format: Format, k: int):
     n, bk = 128, 256
     codes = np.random.default_rng(0).integers(0, 2**format.bits, (k, n))
     codes = jnp.asarray(codes if format.kind == "codebook" else codes - 2 ** (format.bits - 1), jnp.int8)
-    words, windows = packing.pack(codes, format), tile_tpu.windows(format, k, bk)
+    words, windows = packing.pack(codes, format), tpu_tile.windows(format, k, bk)
     expected = codes if format.kind == "int" else numerics.decode_codes(codes, format)
 
     dtypes = (jnp.int8, BF16) if format.kind == "int" else (BF16, F32)
 
     def kernel(*refs: Any) -> None:
-        tile = tile_tpu.load(refs[:-2], format, k, bk, pl.program_id(0))
+        tile = tpu_tile.load(refs[:-2], format, k, bk, pl.program_id(0))
         for out in refs[-2:]:
-            out[...] = tile_tpu.codes(tile, format, out.dtype)
+            out[...] = tpu_tile.codes(tile, format, out.dtype)
 
     outs = pl.pallas_call(
         kernel,
@@ -159,7 +163,7 @@ def test_codes_with_a_bias(spec: QuantSpec, order: str):
 
     exact, x64 = _multiplied(w, "after"), np.asarray(x, np.float64)
     _, scales = w.matrix_arrays()
-    biased = (2 * 8 + tile_tpu.BIAS) * np.repeat(np.asarray(scales.values, np.float64), w.group_size, axis=0)[:k]
+    biased = (2 * 8 + tpu_tile.BIAS) * np.repeat(np.asarray(scales.values, np.float64), w.group_size, axis=0)[:k]
     rounding = float(jnp.finfo(F32).eps) * np.sqrt(k) * (np.abs(x64) @ biased)
     np.testing.assert_array_less(np.abs(np.asarray(actual) - x64 @ exact), rounding)
     assert rounding.max() < 2e-3 * (np.abs(x64) @ np.abs(exact)).max()  # a quarter of bfloat16's
@@ -203,7 +207,7 @@ def test_default_blocks(spec: QuantSpec, m: int):
     """Tiles that a kernel can have, for sizes from one value to a large model's."""
     for k, n, form in itertools.product((1, 100, 4096, 11000, 28672), (1, 130, 8192), ((BF16, "kn"), (F32, "nk"))):
         dtype, order = form
-        blocks = matmul_tpu.default_blocks(m, k, n, spec, dtype, order)
+        blocks = matmul_tpu_tiles.default_blocks(m, k, n, spec, dtype, order)
         assert (
             blocks is not None and (blocks.m == 8 or blocks.m % 16 == 0) and blocks.n % 128 == 0 and blocks.k % 256 == 0
         )
@@ -255,7 +259,7 @@ def test_a_group_of_several_tiles(position: Any):
 def test_default_schedules(m: int, position: str):
     spec = _spec("int4", PerGroup(64))
     w, x = _pack(spec, k=500, n=200), _array(m, 500, dtype=BF16)
-    blocks = matmul_tpu.default_blocks(m, 500, 200, spec, BF16)
+    blocks = matmul_tpu_tiles.default_blocks(m, 500, 200, spec, BF16)
     assert blocks is not None and blocks.scale == position
     out = _run(x, w, casts=(BF16,))
     assert out.dtype == BF16

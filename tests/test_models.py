@@ -23,10 +23,11 @@ from jax import lax
 from models import ZOO, ZooInstance
 
 import qjax
-from pallas_kernels.qtensor import FoldedParam, QTensor, is_packed
-from passes.replay import Ref, replay
-from passes.trace import trace
-from passes.views import View
+from qjax.pallas_kernels.packed.qtensor import FoldedParam, QTensor, is_packed
+from qjax.passes.jaxpr.replay import replay
+from qjax.passes.jaxpr.trace import trace
+from qjax.passes.jaxpr.values import Ref
+from qjax.passes.jaxpr.views import View
 
 GOLDEN = Path(__file__).parent / "golden"
 # One pass instead of a search: compile time; groups of 8 so that every matrix has several.

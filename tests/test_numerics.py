@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from pallas_kernels import numerics
-from pallas_kernels.formats import (
+from qjax.pallas_kernels.numbers import numerics, stored_scales
+from qjax.pallas_kernels.numbers.formats import (
     FORMATS,
     AbsMax,
     MseSearch,
@@ -26,7 +26,7 @@ from pallas_kernels.formats import (
     QuickSearch,
     SignedMax,
 )
-from pallas_kernels.numerics import dequantize, fake_quant, quantize
+from qjax.pallas_kernels.numbers.numerics import dequantize, fake_quant, quantize
 
 STACK, K, N, GROUP = 2, 100, 24, 32  # 32 does not divide 100: the last group has 4 values
 GRANULARITIES = {"group": PerGroup(GROUP), "channel": PerChannel(), "tensor": PerTensor()}
@@ -310,7 +310,7 @@ def test_casts_round_as_numpy_does_including_subnormals_and_overflow(dtype, seed
     x = np.concatenate([x, ties, -ties])
     spec = QuantSpec(FORMATS["int8"], PerGroup(1), scale_rule=AbsMax())
     codes = jnp.ones((x.size, 1), jnp.int8)  # each value is its own scale
-    got = dequantize(codes, numerics.Scales(jnp.asarray(x)[:, None]), spec, dtype)
+    got = dequantize(codes, stored_scales.Scales(jnp.asarray(x)[:, None]), spec, dtype)
     with np.errstate(over="ignore"):
         expected = x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     np.testing.assert_array_equal(np.asarray(got)[:, 0], expected)
@@ -520,7 +520,7 @@ def test_gradient_is_straight_through_where_rounded_and_zero_where_clipped(spec)
     weight = np.random.default_rng(1).standard_normal(w.shape).astype(np.float32)
     value, gradient = jax.jit(jax.value_and_grad(lambda w: jnp.sum(weight * fake_quant(w, spec))))(w)
     _, scales = quantize(w, spec)
-    scale = np.asarray(numerics.resolve_scales(scales)).astype(np.float64)
+    scale = np.asarray(stored_scales.resolve_scales(scales)).astype(np.float64)
     zero = per_value(scales.zero, spec) if spec.zero_point else 0.0
     scale = scale if isinstance(spec.granularity, PerTensor) else per_value(scale, spec)
     values = numpy_values(spec.format)
@@ -563,7 +563,7 @@ def test_double_quantization_follows_the_formula_block_by_block():
     groups = -(-K // 8)
     blocks = -(-groups * N // 256)
     assert blocks == 2
-    shapes = {name: (a.shape, a.dtype.name) for name, a in numerics.scales_to_arrays(scales).items()}
+    shapes = {name: (a.shape, a.dtype.name) for name, a in stored_scales.scales_to_arrays(scales).items()}
     assert shapes == {
         "values": ((STACK, groups, N), "uint8"),
         "absmax": ((STACK, blocks, 1), "float32"),
@@ -572,7 +572,7 @@ def test_double_quantization_follows_the_formula_block_by_block():
 
     plain_codes, plain, _ = on_weights(dataclasses.replace(spec, double_quant=False))
     np.testing.assert_array_equal(codes, plain_codes)  # codes are chosen by the scales before
-    table = numerics.dynamic_map().astype(np.float64)
+    table = stored_scales.dynamic_map().astype(np.float64)
     for s in range(STACK):
         flat = np.asarray(plain.values[s], np.float64).T.reshape(-1)  # (N, G) row-major
         offset = flat.mean()
@@ -585,7 +585,7 @@ def test_double_quantization_follows_the_formula_block_by_block():
             distance = np.abs(table[stored] - block / absmax)
             best = np.abs(table - (block / absmax)[:, None]).min(-1)
             assert (distance <= best + 3.1e-5).all()  # bitsandbytes looks up a grid of 65536 steps over [-1, 1]
-    resolved = np.asarray(numerics.resolve_scales(scales))
+    resolved = np.asarray(stored_scales.resolve_scales(scales))
     np.testing.assert_array_equal(
         w_hat, (numpy_decode(codes, spec.format) * per_value(resolved, spec)).astype(np.float32)
     )
@@ -598,10 +598,10 @@ def test_double_quantized_scales_survive_slicing_the_stack_and_resolving():
     np.testing.assert_array_equal(dequantize(jnp.asarray(codes[1]), second, spec), w_hat[1])
     _, scanned = lax.scan(lambda c, cs: (c, dequantize(*cs, spec)), 0, (jnp.asarray(codes), scales))
     np.testing.assert_array_equal(scanned, w_hat)
-    plain = numerics.plain_scales(scales)
-    assert set(numerics.scales_to_arrays(plain)) == {"values"}
+    plain = stored_scales.plain_scales(scales)
+    assert set(stored_scales.scales_to_arrays(plain)) == {"values"}
     np.testing.assert_array_equal(dequantize(jnp.asarray(codes), plain, spec), w_hat)
-    assert numerics.plain_scales(plain) is plain
+    assert stored_scales.plain_scales(plain) is plain
 
 
 def test_double_quantized_integers_have_positive_scales_before_quantization():
@@ -627,8 +627,8 @@ def test_double_quantized_integers_have_positive_scales_before_quantization():
 )
 def test_scales_are_a_pytree_of_the_arrays_that_are_there(spec, names):
     _, scales, _ = on_weights(spec)
-    arrays = numerics.scales_to_arrays(scales)
+    arrays = stored_scales.scales_to_arrays(scales)
     assert set(arrays) == names
     paths = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(scales)}
     assert paths == {f".{name}" for name in names}
-    jax.tree.map(np.testing.assert_array_equal, numerics.scales_from_arrays(arrays), scales)
+    jax.tree.map(np.testing.assert_array_equal, stored_scales.scales_from_arrays(arrays), scales)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from pallas_kernels.formats import FORMATS
-from pallas_kernels.packing import pack, packed_rows, unpack
+from qjax.pallas_kernels.numbers.formats import FORMATS
+from qjax.pallas_kernels.numbers.packing import pack, packed_rows, unpack
 
 SUB_BYTE = [f for f in FORMATS.values() if f.bits < 8]
 pack_jit = jax.jit(pack, static_argnums=1)

@@ -27,12 +27,15 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import numerics, packing, partition
-from pallas_kernels.fp8_matmul import fp8_matmul
-from pallas_kernels.integer_matmul import integer_matmul
-from pallas_kernels.matmul import quantized_matmul
-from pallas_kernels.qtensor import Layout, QTensor, quantize
-from qjax import AbsMax, fp8_e4m3, int3, int4, int8, nf4
+from qjax.pallas_kernels.numbers import packing, stored_scales
+from qjax.pallas_kernels.numbers.formats import AbsMax
+from qjax.pallas_kernels.ops import partition
+from qjax.pallas_kernels.ops.fp8_matmul.api import fp8_matmul
+from qjax.pallas_kernels.ops.integer_matmul.api import integer_matmul
+from qjax.pallas_kernels.ops.matmul.api import quantized_matmul
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
+from qjax.recipes import fp8_e4m3, int3, int4, int8, nf4
 
 L, E, M, K, N = 3, 4, 8, 256, 128
 FORMATS = {
@@ -67,7 +70,7 @@ def integer_product(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, w: QTens
     """The docstring of `integer_matmul`, group by group."""
     words, scales = w.matrix_arrays()
     codes = np.asarray(packing.unpack(words, w.spec.format, K), np.int64)
-    values = np.asarray(numerics.resolve_scales(scales))
+    values = np.asarray(stored_scales.resolve_scales(scales))
     zeros = np.zeros(values.shape, np.int64) if scales.zero is None else np.asarray(scales.zero, np.int64)
     out = np.zeros((len(x), N), np.float32)
     for g, part in enumerate(np.split(np.arange(K), len(values))):

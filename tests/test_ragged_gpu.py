@@ -18,12 +18,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_ragged_matmul_tpu import _OPTIONS, _QUICK, E, _array, _expected, _layout, _pack, _spec
 
-from pallas_kernels import matmul_triton, numerics, ragged_matmul_gpu
-from pallas_kernels.blocks_gpu import target_chip
-from pallas_kernels.formats import PerChannel, PerGroup, PerTensor
-from pallas_kernels.matmul_triton import Blocks
-from pallas_kernels.qtensor import QTensor, quantize
-from pallas_kernels.ragged_matmul import matmul_reference, quantized_ragged_matmul
+from qjax.pallas_kernels.chips.gpu import target_chip
+from qjax.pallas_kernels.numbers import stored_scales
+from qjax.pallas_kernels.numbers.formats import PerChannel, PerGroup, PerTensor
+from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
+from qjax.pallas_kernels.ops.matmul.triton import Blocks
+from qjax.pallas_kernels.ops.ragged_matmul import reference as ragged_matmul_reference
+from qjax.pallas_kernels.ops.ragged_matmul import triton as ragged_matmul_triton
+from qjax.pallas_kernels.ops.ragged_matmul.api import quantized_ragged_matmul
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -44,7 +47,7 @@ BLOCKS = Blocks(m=16, n=32, k=64, splits=1, warps=4, stages=2)
 @example(sizes=[0, 0, 0, 0, 0, 99], shape=(64, 16))
 def test_every_row_of_an_expert_has_one_visit(sizes: list[int], shape: tuple[int, int]):
     m, rows = shape
-    visits = jax.jit(ragged_matmul_gpu.plan_visits, static_argnums=(1, 2))(jnp.asarray(sizes, jnp.int32), m, rows)
+    visits = jax.jit(ragged_matmul_triton.plan_visits, static_argnums=(1, 2))(jnp.asarray(sizes, jnp.int32), m, rows)
     found = []
     for expert, first, stop in zip(*map(np.asarray, visits), strict=True):
         assert 0 <= stop - first <= rows
@@ -53,7 +56,7 @@ def test_every_row_of_an_expert_has_one_visit(sizes: list[int], shape: tuple[int
 
 
 def run(x: jax.Array, w: QTensor, sizes: Any = SIZES, **options: Any) -> np.ndarray:
-    product = functools.partial(ragged_matmul_gpu.matmul, **{**_OPTIONS, "interpret": True, **options})
+    product = functools.partial(ragged_matmul_triton.matmul, **{**_OPTIONS, "interpret": True, **options})
     return np.asarray(jax.jit(product, compiler_options=_QUICK)(x, w, jnp.asarray(sizes, jnp.int32)))
 
 
@@ -89,7 +92,7 @@ def test_the_product_is_that_of_float64(case: Any):
 
 def test_experts_without_rows_are_not_multiplied():
     w, x = _pack(_spec("int4", PerGroup(64)), E, k=K, n=N), _array(M, K, dtype=BF16)
-    poisoned = dataclasses.replace(w, scales=numerics.Scales(w.scales.values.at[1].set(jnp.nan)))
+    poisoned = dataclasses.replace(w, scales=stored_scales.Scales(w.scales.values.at[1].set(jnp.nan)))
     assert np.isfinite(run(x, poisoned)).all()
     assert not run(x, w, (0,) * E).any()
 
@@ -113,7 +116,7 @@ def test_what_is_left_to_the_reference_has_a_reason(monkeypatch: pytest.MonkeyPa
 
     def reason(spec: Any, *lead: int) -> str | None:
         w = jax.eval_shape(lambda w: quantize(w, spec, _layout(K, N)), jax.ShapeDtypeStruct((*lead, E, K, N), BF16))
-        return ragged_matmul_gpu.unsupported(jax.ShapeDtypeStruct((M, K), BF16), w, **options)
+        return ragged_matmul_triton.unsupported(jax.ShapeDtypeStruct((M, K), BF16), w, **options)
 
     assert "target_chip" in (reason(_spec("int4", PerGroup(64))) or "")
     with target_chip("h100"):
@@ -127,4 +130,4 @@ def test_on_this_machine_it_is_the_reference():
     w, x, sizes = _pack(_spec("int4", PerGroup(64)), E, k=K, n=N), _array(M, K), jnp.asarray(SIZES, jnp.int32)
     with target_chip("h100"):
         got = quantized_ragged_matmul(x, w, sizes)
-    assert (got == jax.jit(functools.partial(matmul_reference, **_OPTIONS))(x, w, sizes)).all()
+    assert (got == jax.jit(functools.partial(ragged_matmul_reference.matmul, **_OPTIONS))(x, w, sizes)).all()

@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 from models import ZOO
 
 import qjax
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
-from pallas_kernels.qtensor import Layout, QTensor, quantize
-from pallas_kernels.ragged_matmul import quantized_ragged_matmul, quantized_ragged_matmul_p
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+from qjax.pallas_kernels.ops.ragged_matmul.api import quantized_ragged_matmul, quantized_ragged_matmul_p
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 M, E, K, N = 11, 4, 40, 9
 INT4 = QuantSpec(FORMATS["int4"], PerGroup(16), scale_rule=AbsMax())

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import numerics, packing, ragged_matmul_tpu
-from pallas_kernels.blocks_tpu import target_chip
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
-from pallas_kernels.matmul_tpu import Blocks
-from pallas_kernels.qtensor import Layout, QTensor, quantize
-from pallas_kernels.ragged_matmul import quantized_ragged_matmul
+from qjax.pallas_kernels.chips.tpu import target_chip
+from qjax.pallas_kernels.numbers import numerics, packing, stored_scales
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
+from qjax.pallas_kernels.ops.matmul.tpu_tiles import Blocks
+from qjax.pallas_kernels.ops.ragged_matmul import tpu as ragged_matmul_tpu
+from qjax.pallas_kernels.ops.ragged_matmul.api import quantized_ragged_matmul
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -98,7 +100,7 @@ def _multiplied(w: QTensor, position: str) -> np.ndarray:
     group = np.arange(w.layout.k) // w.group_size
     values = numerics.decode_codes(packing.unpack(w.words, w.spec.format, w.layout.k), w.spec.format).astype(BF16)
     zero = np.zeros(()) if w.scales.zero is None else np.asarray(w.scales.zero, np.float64)[..., group, :]
-    return (np.asarray(values, np.float64) - zero) * np.asarray(numerics.resolve_scales(w.scales))[..., group, :]
+    return (np.asarray(values, np.float64) - zero) * np.asarray(stored_scales.resolve_scales(w.scales))[..., group, :]
 
 
 # --- Visits ----------------------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def test_what_belongs_to_no_row_is_not_multiplied():
     """NaN in the rows of no expert, and in experts of no row."""
     w, x = _pack(_spec("int4", PerGroup(64)), E, k=200, n=20), _array(M, 200, dtype=BF16)
     poisoned = w.scales.values.at[1].set(jnp.nan)
-    w = QTensor(w.words, numerics.Scales(poisoned), w.spec, w.layout, w.dtype)
+    w = QTensor(w.words, stored_scales.Scales(poisoned), w.spec, w.layout, w.dtype)
     out = _run(x.at[32:].set(jnp.nan), w, SIZES, casts=(BF16,), blocks=Blocks(16, 128, 256, "before"))
     assert bool(jnp.isfinite(out[:32]).all()) and bool((out[:32] != 0).all()) and not out[32:].any()
 

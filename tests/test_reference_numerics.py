@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pallas_kernels import numerics
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+from qjax.pallas_kernels.numbers import numerics, stored_scales
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
 
 torch = pytest.importorskip("torch")
 
@@ -74,7 +74,7 @@ def test_the_dynamic_map_and_its_codes_equal_bitsandbytes(bitsandbytes):
     absmax = np.abs(rng.standard_normal((64, 512))).astype(np.float32)  # scales (G, N)
     flat = torch.from_numpy(absmax.T.reshape(-1).copy())
     codes, state = bitsandbytes.quantize_blockwise(flat - flat.mean(), blocksize=256)
-    np.testing.assert_array_equal(numerics.dynamic_map(), state.code.numpy())
+    np.testing.assert_array_equal(stored_scales.dynamic_map(), state.code.numpy())
 
     spec = QuantSpec(FORMATS["nf4"], PerGroup(1), scale_rule=AbsMax(), double_quant=True)
     _, scales, _ = quantized(spec, absmax)  # groups of one value: the scales are the values

@@ -16,7 +16,7 @@ from flax import nnx
 from rich.console import Console
 
 import qjax
-from qjax.report import Comparison, compare
+from qjax.report.compare import Comparison, compare
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -10,10 +10,10 @@ from flax import linen as nn
 from jax import lax
 
 import qjax
-from pallas_kernels.fused_matmul import fused_matmul_p
-from pallas_kernels.matmul import quantized_matmul_p
-from pallas_kernels.qtensor import FoldedParam, QTensor, is_packed
-from passes.plan import Rule, check_patterns
+from qjax.pallas_kernels.ops.epilogue_matmul.api import fused_matmul_p
+from qjax.pallas_kernels.ops.matmul.api import quantized_matmul_p
+from qjax.pallas_kernels.packed.qtensor import FoldedParam, QTensor, is_packed
+from qjax.passes.plan.rules import Rule, check_patterns
 
 SPEC = qjax.int4(group=8, scale=qjax.AbsMax())
 pytestmark = pytest.mark.usefixtures("compile_quickly")

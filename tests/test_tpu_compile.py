@@ -20,14 +20,17 @@ import pytest
 import tpu_compile
 
 import qjax
-from pallas_kernels import cache_dot, kv_cache
-from pallas_kernels.cache_attention import AttentionSpec, Dot, cache_attention
-from pallas_kernels.cache_dot import cache_dot_general
-from pallas_kernels.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
-from pallas_kernels.integer_matmul import integer_matmul
-from pallas_kernels.matmul import quantized_matmul
-from pallas_kernels.qtensor import Layout, QTensor, quantize
-from pallas_kernels.ragged_matmul import quantized_ragged_matmul
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
+from qjax.pallas_kernels.ops.cache_attention.api import cache_attention
+from qjax.pallas_kernels.ops.cache_attention.reference import AttentionSpec, CacheDot
+from qjax.pallas_kernels.ops.cache_dot import reference as cache_dot_reference
+from qjax.pallas_kernels.ops.cache_dot.api import cache_dot_general
+from qjax.pallas_kernels.ops.integer_matmul.api import integer_matmul
+from qjax.pallas_kernels.ops.matmul.api import quantized_matmul
+from qjax.pallas_kernels.ops.ragged_matmul.api import quantized_ragged_matmul
+from qjax.pallas_kernels.packed import qcache
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = "tpu_custom_call"
@@ -388,10 +391,10 @@ CACHES: list[tuple[str, bool, str, str, int, int, int, int]] = [
 ]
 
 
-def cache_of(format: str, zero_point: bool, scale: Any, shape: tuple[int, ...], axis: int) -> kv_cache.QCache:
+def cache_of(format: str, zero_point: bool, scale: Any, shape: tuple[int, ...], axis: int) -> qcache.QCache:
     """The shapes of a packed cache."""
-    spec = kv_cache.CacheSpec(FORMATS[format], zero_point, scale)
-    return jax.eval_shape(lambda: kv_cache.zeros(shape, jnp.bfloat16, spec, axis))
+    spec = qcache.CacheSpec(FORMATS[format], zero_point, scale)
+    return jax.eval_shape(lambda: qcache.zeros(shape, jnp.bfloat16, spec, axis))
 
 
 _WRITES = re.compile(r"^\s*(?:ROOT )?%[\w.\-]+ = \(?(\w+)\[([\d,]*)\](\S*) ([\w\-]+)\(", re.MULTILINE)
@@ -446,7 +449,7 @@ def test_attention_compiles(row: Any, chip: str):
     *formats, zero_point, t, h, d, m, mask = row
     keys, values = (cache_of(format, zero_point, "bfloat16", (2, t, h, d), -1) for format in formats)
     heads, dtype = ((0, 1), (0, 2)), jnp.dtype(jnp.bfloat16)
-    scores, result = (Dot((((3,), (axis,)), heads), 1, None, dtype) for axis in (3, 1))
+    scores, result = (CacheDot((((3,), (axis,)), heads), 1, None, dtype) for axis in (3, 1))
     spec = AttentionSpec(scores, (0, 1, 2, 3), (("mask", -1e9),) if mask else (), dtype, result)
     seen = Shape((*mask, t), jnp.bool_) if mask else None
     q = Shape((2, h, m, d), dtype)
@@ -524,7 +527,7 @@ def test_a_cache_that_is_written_as_floats_is_found():
     cache = cache_of("int8", False, "float32", (8, 8192, 8, 128), -1)
     options: dict[str, Any] = {"operand": 1, "precision": None, "out_dtype": jnp.dtype(jnp.bfloat16)}
     numbers = (((3,), (3,)), ((0, 1), (0, 2)))
-    scores = functools.partial(cache_dot.reference, numbers=numbers, **options)
+    scores = functools.partial(cache_dot_reference.dot, numbers=numbers, **options)
     text = compiled(scores, Shape((8, 8, 4, 128), jnp.bfloat16), cache, chip="v5e")
     assert any(" bf16[8,8192,8,128]" in w for w in written(text, cache.codes.size))
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.qtensor import Layout
-from passes.views import View
+from qjax.pallas_kernels.packed.layout import Layout
+from qjax.passes.jaxpr.views import View
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

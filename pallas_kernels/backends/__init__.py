@@ -1,0 +1,1 @@
+"""What kernels of one compiler share, whatever the operation."""

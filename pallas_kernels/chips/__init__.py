@@ -1,0 +1,1 @@
+"""Facts about chips, and the tiles that were measured on them."""

@@ -1,0 +1,1 @@
+"""What a code means: number formats, and the one definition of quantize and dequantize."""

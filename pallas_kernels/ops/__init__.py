@@ -1,0 +1,1 @@
+"""Operations on packed arrays: one folder each, with its meaning, its primitive and a file for each backend."""

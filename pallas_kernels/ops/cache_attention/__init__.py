@@ -1,0 +1,1 @@
+"""Attention on packed key-value caches."""

@@ -1,0 +1,1 @@
+"""Products with a packed key-value cache."""

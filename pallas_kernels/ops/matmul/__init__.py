@@ -1,0 +1,1 @@
+"""Products of float rows with packed weights."""

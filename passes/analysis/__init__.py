@@ -1,0 +1,1 @@
+"""Facts about a program: where parameters meet products, what becomes of its caches."""

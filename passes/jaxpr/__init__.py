@@ -1,0 +1,1 @@
+"""The language: programs, their control flow, views of parameters, and the interpreter."""

@@ -1,0 +1,1 @@
+"""Carrying decisions out: what is done to a program's equations."""

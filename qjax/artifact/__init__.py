@@ -1,0 +1,1 @@
+"""Exported folders: programs and packed weights that serve without the model's code."""

@@ -1,0 +1,1 @@
+"""One call of a model through the passes: traced, decided, run, converted, calibrated."""

@@ -1,0 +1,1 @@
+"""Wrapped models, a file for each framework."""
