@@ -1,6 +1,6 @@
 """Sizes of the tiles of the TPU kernels by chip, from a table.
 
-`chips/tpu.json` has a row for each chip, kernel, kind of weight and number of rows of x that `scripts/tune_tpu.py`
+`chips/tpu.json` has a row for each chip, kernel, kind of weight and number of rows of x that `scripts/tpu/tune_tpu.py`
 compiled: the tiles whose schedule has the fewest instruction bundles. What has no row gets what `default_blocks` of the
 kernel chooses by shape alone, and so does everything where the chip is not known.
 

@@ -1,7 +1,7 @@
 """Higher-order primitives: what they contain, and how to build them again.
 
 The only file that reads the parameters of `scan`, `while`, `cond`, `jit`, `remat`, `custom_jvp`, `custom_vjp`
-and `shard_map`, and the only one with names that JAX does not export; `tests/test_contracts.py` lists both.
+and `shard_map`, and the only one with names that JAX does not export; `tests/passes/test_contracts.py` lists both.
 Parameters are read by name, as found in jax 0.10 (a closed jaxpr is a `ClosedJaxpr`; scan counts its operands)
 and from 0.11 on (a `Jaxpr` carries its constants; scan's `ft_in` holds the split).
 

@@ -6,7 +6,7 @@ scores and probabilities never leave the chip, and on NVIDIA GPUs, in `target_ch
 program that is mapped or differentiated has `reference` in its place.
 
 What that saves, in a step of 8 sequences at 8192 positions with 8 heads of 128, each for 4 queries, on v5e, as the TPU
-compiler has it (jax 0.10.2, libtpu 0.0.42.1; `tests/test_tpu_compile.py` compiles such a step):
+compiler has it (jax 0.10.2, libtpu 0.0.42.1; `tests/compile/test_tpu_compile.py` compiles such a step):
 
     cache     attention by       bytes accessed  temporaries  estimated cycles
     bfloat16  XLA                282 MB          none         0.85 million

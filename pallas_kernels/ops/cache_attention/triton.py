@@ -20,7 +20,7 @@ precision than the default.
 **On a GPU it has not run yet**, only interpreted on CPU and compiled; `matmul_gpu` says what follows from that, and
 `matmul_triton` what there is to know about Triton. For H100 a warp has 865 instructions for 64 positions of int8 caches
 and 967 of int4 ones, with 4 queries and vectors of 128 values, and spills none of its 96 and 128 registers (what jax
-0.10.2 makes, `scripts/gpu_compile.py`).
+0.10.2 makes, `scripts/gpu/gpu_compile.py`).
 """
 
 from __future__ import annotations

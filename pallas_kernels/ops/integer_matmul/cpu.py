@@ -5,7 +5,7 @@ another type, it widens both matrices to int32 first, which takes ten times as l
 dot, with x filled up to two rows. A column sum, which the zero points of x need, is a product with one more row, of
 ones: a reduction over int8 takes longer than the whole product. Integer sums are exact, so their order is free; the
 float32 sum over groups is in the order of the reference. Chosen from the static shapes (measured by
-scripts/bench_integer.py, results in benchmarks/integer.md):
+scripts/bench/bench_integer.py, results in benchmarks/integer.md):
 
 * small weights, and 8-bit ones that need not be picked from a stack: one dot on all of the codes, or one a group;
 * larger ones are unpacked, or picked, block by block, so that codes stay in cache and the weight is never copied as a

@@ -8,7 +8,7 @@ Edges are masked. The layer of a scanned stack is an operand that offsets the lo
 **Formats.** int4, int8, codebooks of 4 bits (NF4, fp4) and floats of 8 bits, these from compute capability 8.9 on,
 which has an instruction that converts them. Values of a codebook are read from a table that stays in the first cache:
 with NF4 a warp on Ampere has 258 instructions for 64 x 64 weights and 16 rows of x, and 247 with int4 (what jax 0.10.2
-makes, `scripts/gpu_compile.py`).
+makes, `scripts/gpu/gpu_compile.py`).
 
 **The transposed product**, the gradient in x, contracts N. Scales differ along it, so they go into x, a tile of which
 is smaller than one of the weight; that product is rounded to the type of the operands. Each tile along K lies in one
