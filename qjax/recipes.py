@@ -233,7 +233,7 @@ RECIPES: dict[str, tuple[Rule, ...]] = {
     **{f"{name}_qat": (Rule("**", _training(name)),) for name in _MAKERS},
     # A zero point halves the error of an input whose tokens have one long tail, as a gated activation has.
     "w8a8": (Rule("**", int8(), dynamic(zero_point=True)),),
-    # On the language model of scripts/bench/bench_quality.py gated products are at 7 to 27 and all other inputs below 3.5.
+    # On the language model of scripts/bench/lm.py gated products are at 7 to 27 and all other inputs below 3.5.
     "w8a8_static": (Rule("**", int8(), static(dynamic_above=5)),),
     "w4a8": (Rule("**", int4(), dynamic(zero_point=True)),),
     "w8a8_fp8": (Rule("**", fp8_e4m3(), dynamic("fp8_e4m3")),),

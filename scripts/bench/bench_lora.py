@@ -237,8 +237,8 @@ def markdown(tables: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]], s
         "temporary + outputs that are not donated arguments. No remat. Weights are the frozen ones, or in full "
         "fine-tuning the trained ones; arguments: weights, adapters and Adam's moments. Loss: held-out bits per byte "
         f"of Python's reference documentation (`pydoc_data.topics`) before and after {steps} steps of Adam on 8 x 128 "
-        "bytes, from the weights of `scripts/bench/lm.py`, which were trained on source code. One seed; one rate each, not "
-        "searched. Seconds are medians of steps taken in turns, on a machine that ran other work.",
+        "bytes, from the weights of `scripts/bench/lm.py`, which were trained on source code. One seed; one rate each, "
+        "not searched. Seconds are medians of steps taken in turns, on a machine that ran other work.",
     ]
     for title, (header, rows) in tables.items():
         lines += ["", f"## {title}", "", f"| {' | '.join(header)} |", "|---|" + "--:|" * (len(header) - 1)]

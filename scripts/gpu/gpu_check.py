@@ -17,7 +17,8 @@ after each task, in one step.
 * `attention`, `experts`, `time_attention`: `scripts/gpu/gpu_check_attention.py`.
 * `fp8`, `time_fp8`: `scripts/gpu/gpu_check_fp8.py`.
 * `fused`, `time_mlp`: `scripts/gpu/gpu_check_fused.py`.
-* `model`, `exported`: a decoder of the shape of Llama 3 8B (`scripts/bench/bench_decode.py`): tokens a second, and whether an
+* `model`, `exported`: a decoder of the shape of Llama 3 8B (`scripts/bench/bench_decode.py`): tokens a second, and
+whether an
   exported one says the same. Three tenths of the time are kept for it, and each has a process of its own: what that
   took of memory is in the result.
 

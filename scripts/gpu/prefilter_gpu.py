@@ -5,7 +5,8 @@ registers of a thread, the bytes that it spills, whether the compiler made the p
 instructions for 64 x 128 weights. The sweep of `scripts/gpu_check` leaves out what spills, waits or does not compile:
 a minute on a GPU goes to tiles that can win.
 
-    PYTHONPATH=.venv/cuda python scripts/gpu/prefilter_gpu.py    a few minutes; needs what scripts/gpu/gpu_compile.py needs
+    PYTHONPATH=.venv/cuda python scripts/gpu/prefilter_gpu.py    a few minutes; needs what scripts/gpu/gpu_compile.py
+    needs
 """
 
 from __future__ import annotations

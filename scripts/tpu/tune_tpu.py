@@ -6,8 +6,8 @@ Writes `pallas_kernels/chips/tpu.json`, row by row.
     python scripts/tpu/tune_tpu.py --resume            keeps the rows that are there
     python scripts/tpu/tune_tpu.py --chip v6e          keeps those of the other chips
 
-What is counted is what `scripts/tpu/bench_tpu.py` counts: the instruction bundles that one more weight in a tile costs, as
-the difference between tiles of two depths, and the bundles that a step of the grid costs beside them. Registers that
+What is counted is what `scripts/tpu/bench_tpu.py` counts: the instruction bundles that one more weight in a tile costs,
+as the difference between tiles of two depths, and the bundles that a step of the grid costs beside them. Registers that
 are spilled are in that count; of tiles that take about as many bundles, those that spill least are chosen. What does
 not fit into VMEM or does not compile is no candidate.
 """

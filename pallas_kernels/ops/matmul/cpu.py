@@ -2,8 +2,8 @@
 
 A float copy of a large weight inside a compiled program costs more than the product: its buffer is new memory in
 every call, and the page faults of 64 MiB take ten times as long as reading them. A loop over blocks reuses one buffer
-that stays in cache. Three formulations, chosen from the static shapes (measured by scripts/bench/bench_overhead.py, results
-in benchmarks/overhead.md):
+that stays in cache. Three formulations, chosen from the static shapes (measured by scripts/bench/bench_overhead.py,
+results in benchmarks/overhead.md):
 
 * a matrix of one block: dequantize it, one dot, which is `matmul_reference.matmul`;
 * larger: a loop over blocks of stored rows, each dequantized by the one definition and multiplied by a dot;

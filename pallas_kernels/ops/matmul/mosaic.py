@@ -7,7 +7,8 @@ taken: to transpose words in every call would cost more than the product. Nor is
 
 **Formats.** int4, int8, codebooks of 4 bits (NF4, fp4: `tile_mosaic_gpu`) and floats of 8 bits. For 64 x 128 weights in
 groups of 64 a warp has 264 instructions with int4 and 397 with NF4, in groups of 128 it has 288 with fp8 (what jax
-0.10.2 makes, `scripts/gpu/gpu_compile.py`). To read as many bfloat16 weights from memory takes an H100 some 1260 clocks.
+0.10.2 makes, `scripts/gpu/gpu_compile.py`). To read as many bfloat16 weights from memory takes an H100 some 1260
+clocks.
 
 **Roles.** A block is one warpgroup that starts TMA copies of tiles of x and of words, and up to four that multiply. A
 ring of stages in shared memory lies between them. Those that multiply share a tile along N, and along K
