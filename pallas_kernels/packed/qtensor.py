@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qjax.pallas_kernels.numbers import numerics, packing, stored_scales
-from qjax.pallas_kernels.numbers.formats import FORMATS, QuantSpec
+from qjax.pallas_kernels.numbers.formats import FORMATS, PerTensor, QuantSpec
 from qjax.pallas_kernels.packed.layout import Layout
 
 
@@ -167,17 +167,36 @@ def widen(q: QTensor) -> QTensor:
     Args:
         q: a packed parameter; one of another format comes back as it is.
     """
-    format = q.spec.format
-    if format.kind == "int" and format.bits not in (4, 8):
-        format = FORMATS["int4" if format.bits < 4 else "int8"]
-    if format is q.spec.format and not q.spec.double_quant:
+    spec = widened(q.spec)
+    if spec == q.spec:
         return q
     words, scales = q.matrix_arrays()
-    if format is not q.spec.format:
-        words = packing.pack(packing.unpack(words, q.spec.format, q.layout.k), format)
-    spec = dataclasses.replace(q.spec, format=format, double_quant=False)
+    if spec.format is not q.spec.format:
+        words = packing.pack(packing.unpack(words, q.spec.format, q.layout.k), spec.format)
     wide = QTensor(words, stored_scales.plain_scales(scales), spec, q.layout, q.dtype)
     return reorder(wide, q.order)
+
+
+def widened(spec: QuantSpec) -> QuantSpec:
+    """The spec of what `widen` makes of a parameter that has this one."""
+    format = spec.format
+    if format.kind == "int" and format.bits not in (4, 8):
+        format = FORMATS["int4" if format.bits < 4 else "int8"]
+    return dataclasses.replace(spec, format=format, double_quant=False)
+
+
+def is_stored_as(q: QTensor, spec: QuantSpec) -> bool:
+    """Whether a packed parameter is what `quantize(w, spec, ...)` gives, or that after `widen`.
+
+    How scales were chosen leaves no trace in what is stored; all else has to agree.
+    """
+
+    def stored(spec: QuantSpec) -> Any:
+        one_scale = isinstance(spec.granularity, PerTensor)
+        scales = (one_scale, spec.group_size(q.layout.k), spec.zero_point, spec.double_quant, spec.scale_dtype)
+        return spec.format, scales
+
+    return stored(q.spec) in (stored(spec), stored(widened(spec)))
 
 
 def _packed(

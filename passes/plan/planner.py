@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from qjax.pallas_kernels.numbers.activation_ranges import ActSpec
 from qjax.pallas_kernels.numbers.formats import QuantSpec
 from qjax.pallas_kernels.packed.layout import Layout
+from qjax.pallas_kernels.packed.qtensor import QTensor, is_stored_as
 from qjax.passes.analysis.sites import Fold, Site, Sites, Unweighted
 from qjax.passes.jaxpr.trace import Address
 from qjax.passes.plan.decisions import Entry, Plan, Product, QuantizedInput, QuantizedSite
@@ -68,7 +69,9 @@ def _product(weights: QuantSpec, inputs: ActSpec, layout: Layout, op: str) -> tu
     return ("integer" if kinds == {"int"} else "fp8"), ""
 
 
-def make_plan(sites: Sites, rules: Sequence[Rule], *, strict: bool = True) -> Plan:
+def make_plan(
+    sites: Sites, rules: Sequence[Rule], *, strict: bool = True, packed: Mapping[str, QTensor] | None = None
+) -> Plan:
     """Decides for every parameter.
 
     Args:
@@ -76,14 +79,18 @@ def make_plan(sites: Sites, rules: Sequence[Rule], *, strict: bool = True) -> Pl
         rules: first match wins; a parameter that none matches stays float.
         strict: make an error of a rule that matches nothing, a rule that earlier ones leave nothing, and a
             parameter that a rule names (not sweeps) but that cannot be quantized.
+        packed: the parameters and folds that are packed already, by name: what the plan says of them is read off them.
 
     Raises:
-        PlanError: as `strict` says; also two rules that disagree about the parts of one folded matrix.
+        PlanError: as `strict` says; also two rules that disagree about the parts of one folded matrix, and, strict or
+            not, a packed parameter that is stored in another format than its rule says.
     """
-    maker = _Planner(sites, rules)
+    maker = _Planner(sites, rules, packed or {})
     folds = [maker.fold(fold) for fold in sites.folds.values()]
     entries = [maker.param(path, [f for f in folds if path in f.sources]) for path in sites.params]
     matmuls = [maker.matmul(u) for u in sites.unweighted]
+    if maker.mismatches:
+        raise PlanError("\n  - ".join(["qjax: the packed variables are not those of this recipe:", *maker.mismatches]))
     problems = maker.problems + maker.idle_rules()
     if problems and strict:
         head = "qjax: the recipe does not fit the model (strict=True):"
@@ -133,10 +140,12 @@ def with_dynamic(plan: Plan, ranges: Mapping[str, float | None]) -> Plan:
 class _Planner:
     """Decides entry by entry, and keeps count of what each rule did."""
 
-    def __init__(self, sites: Sites, rules: Sequence[Rule]):
+    def __init__(self, sites: Sites, rules: Sequence[Rule], packed: Mapping[str, QTensor]):
         self.sites = sites
         self.rules = rules
+        self.packed = packed
         self.problems: list[str] = []
+        self.mismatches: list[str] = []
         self.decided = [0] * len(rules)  # parameters for which a rule is the first match
         self.applied = [0] * len(rules)  # values that it gave a format
         self.quantized: list[QuantizedSite] = []
@@ -163,6 +172,8 @@ class _Planner:
         if not jnp.issubdtype(param.dtype, jnp.floating):
             return dataclasses.replace(entry, reason="not a float")
         layout, reason = _decide(param.shape, own, uses, self.sites.rank[path])
+        if (stored := self.packed.get(path)) is not None:
+            return self.stored(entry, stored, rule, index, reason, own)
         if layout is None:
             if rule and rule.weights and not rule.sweeps and not reason.startswith("vector"):
                 shape = f"{entry.dtype}[{','.join(map(str, entry.shape))}]"
@@ -195,6 +206,9 @@ class _Planner:
             )
             return dataclasses.replace(entry, reason="rules disagree about its parts")
         layout, reason = _decide(fold.shape, own, [], 0)
+        if (stored := self.packed.get(fold.name)) is not None:
+            reason = "; ".join(filter(None, [f"'{fold.what}' of {len(parts)}", reason]))
+            return self.stored(entry, stored, wanted[0], matched[0], reason, own)
         if wanted[0].weights is None or layout is None:
             why = "no rule gives its parts a format" if layout else reason
             return dataclasses.replace(entry, reason=why)
@@ -202,6 +216,24 @@ class _Planner:
             self.applied[i or 0] += 1
         reason = "; ".join(filter(None, [f"'{fold.what}' of {len(parts)}", reason]))
         return self.pack(entry, wanted[0], layout, reason, own)
+
+    def stored(
+        self, entry: Entry, q: QTensor, rule: Rule | None, index: int | None, reason: str, own: list[Site]
+    ) -> Entry:
+        """The entry of a value that is packed already; one of another format than the rule's is a mismatch."""
+        if rule is None or rule.weights is None or not is_stored_as(q, rule.weights):
+            said = "no rule gives it a format" if rule is None or rule.weights is None else f"{rule} says another one"
+            self.mismatches.append(
+                f"{entry.name!r} is stored as {q.spec}, but {said}. Apply packed variables with the recipe that they "
+                "were converted with, or convert the float variables with this one."
+            )
+            return dataclasses.replace(entry, spec=q.spec, layout=q.layout, order=q.order)
+        self.applied[index or 0] += 1
+        others = [f"{s.op}#{s.number}" for s in own if s.layout != q.layout]
+        if own and len(others) == len(own):  # another call of the model than the one it was packed for
+            reason = f"{', '.join(others)} reads it along other axes: dequantized there"
+        done = self.pack(entry, dataclasses.replace(rule, weights=q.spec), q.layout, reason, own)
+        return dataclasses.replace(done, order=q.order)
 
     def pack(self, entry: Entry, rule: Rule, layout: Layout, reason: str, own: list[Site]) -> Entry:
         spec = rule.weights

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
@@ -16,7 +15,7 @@ from qjax.pallas_kernels.ops.cache_dot.api import cache_dot_general
 from qjax.pallas_kernels.packed import qcache
 from qjax.pallas_kernels.packed.qcache import QCache
 from qjax.passes.analysis.cache_moves import MOVES, Move, dot_reading, from_zero, holds_vectors
-from qjax.passes.jaxpr import control_flow
+from qjax.passes.jaxpr import control_flow, listing
 from qjax.passes.jaxpr.control_flow import CALLS, LOOPS, carries_of
 from qjax.passes.jaxpr.trace import Address
 from qjax.passes.jaxpr.values import Cached, float_value
@@ -120,7 +119,7 @@ def _alike(a: QCache, b: QCache) -> bool:
 
 def _updated(cached: Cached, new: Any, starts: Sequence[Any]) -> Cached:
     """A cache of a stack with new vectors from these indices on, in the stack as it is then."""
-    with jax.named_scope("quantize_cache"):
+    with listing.scope("quantize_cache", "new vectors"):
         update = qcache.quantize(jnp.asarray(float_value(new)), cached.stored.spec, cached.position)
     at = [jnp.asarray(i, jnp.int32) for i in (cached.layer, *from_zero(starts, cached.position))]
     stored = [
@@ -137,7 +136,7 @@ def _moved(move: Move, eqn: Any, values: Sequence[Any], like: QCache, out: int, 
     for j, p in where.items():
         value = values[j]
         if not isinstance(value, Cached):
-            with jax.named_scope("quantize_cache"):
+            with listing.scope("quantize_cache", "new vectors"):
                 value = Cached(qcache.quantize(jnp.asarray(float_value(value)), like.spec, p))
         arrays[j] = qcache.leaves(value.base)
     first, p = next(iter(where.items()))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
 from qjax.pallas_kernels.numbers import activations
 from qjax.pallas_kernels.numbers.activations import Activation, Ranges
+from qjax.passes.jaxpr import listing
 from qjax.passes.jaxpr.values import Scope, as_float
 from qjax.passes.plan.decisions import QuantizedInput, QuantizedSite, key_of
 
@@ -44,7 +44,7 @@ def quantized_input(
     key = key_of(site, entering)
     if key not in scope.memo:
         known = range_of(site, entering, ranges, scope)
-        with jax.named_scope("quantize"):
+        with listing.scope(f"quantize[{site.spec}]", site.name):
             scope.memo[key] = activations.fake_quant(as_float(x), site.spec, entering.axes, known)
     return scope.memo[key]
 

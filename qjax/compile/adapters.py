@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from qjax.compile.call import Call, Variables
-from qjax.compile.compiled import Compiled, compile_call
+from qjax.compile.compiled import Compiled, Wanted, compile_call
 from qjax.compile.convert import convert_call, pack_jitted
 from qjax.compile.ranges import Flat, flatten
 from qjax.pallas_kernels.packed.qtensor import FoldedParam, QTensor, is_packed
@@ -41,7 +41,7 @@ def with_adapters(call: Call, adapters: Flat, scale: float) -> Call:
 
 def planned_adapters(call: Call, recipe: Recipe, spec: AdapterSpec) -> AdapterPlan:
     """What is decided about adapters of a call."""
-    compiled = compile_call(call, recipe, strict=False)
+    compiled = compile_call(call, recipe, Wanted(), strict=False)
     return plan_adapters(compiled.program, compiled.sites, compiled.plan, spec)
 
 
@@ -134,7 +134,7 @@ def initial_adapters(
             f"qjax: {done[0]!r} is packed already: LoftQ needs the float weights, of which it quantizes what the "
             "adapters leave. Pass the float variables, or loftq_iterations=0."
         )
-    return _loftq(floats, convert_call(call, recipe, known), plan, iterations)
+    return _loftq(floats, convert_call(call, recipe, known, caches=False).params, plan, iterations)
 
 
 # --- Merging -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from qjax.compile.calibration import Calibration, arguments, counted
 from qjax.compile.call import Call, is_array
-from qjax.compile.compiled import compile_call
+from qjax.compile.compiled import Wanted, compile_call
 from qjax.compile.ranges import specs_of
 from qjax.pallas_kernels.numbers.activation_ranges import ActSpec, MovingAverage
 from qjax.pallas_kernels.packed.qtensor import is_packed
@@ -23,7 +23,7 @@ from qjax.recipes import Recipe
 
 def observe_call(call: Call, recipe: Recipe) -> tuple[dict[str, Any], Plan]:
     """The statistics of one batch, by name of the range, while the float model runs."""
-    compiled = compile_call(call, recipe, strict=recipe.strict, deciding=False)
+    compiled = compile_call(call, recipe, Wanted(), strict=recipe.strict)
     for path, leaf in compiled.params.items():
         if is_packed(leaf):
             raise TypeError(f"qjax: {path!r} is packed already; calibration runs the float model.")

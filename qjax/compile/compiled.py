@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from qjax.compile.call import Call
 from qjax.compile.ranges import Flat, not_served
 from qjax.pallas_kernels.packed.qcache import QCache
-from qjax.pallas_kernels.packed.qtensor import is_packed
+from qjax.pallas_kernels.packed.qtensor import FoldedParam, QTensor
 from qjax.passes.analysis.sites import Sites, find_sites
 from qjax.passes.jaxpr.trace import Program
 from qjax.passes.plan.attention import find as find_attention
@@ -32,45 +33,87 @@ class Compiled:
     params: dict[str, Any]  # parameters, and the state that a folded normalisation reads
 
 
-def compile_call(
-    call: Call, recipe: Recipe, *, strict: bool, ranges: Flat | None = None, deciding: bool = True
-) -> Compiled:
-    """Traces a call and decides; with `deciding` False nothing about caches that are not packed, and
-    nothing about fusing where no weight is.
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which decisions a verb needs beside what becomes of each parameter and input.
 
-    `ranges` are those of the variables: the inputs that calibration found none for are dynamic.
+    Attributes:
+        caches: how float caches are stored; what is packed already is decided always.
+        products: which products are carried out with what follows them, side by side, or as attention.
+    """
+
+    caches: bool = False
+    products: bool = False
+
+
+EVERYTHING = Wanted(caches=True, products=True)
+
+
+def compile_call(call: Call, recipe: Recipe, wanted: Wanted, *, strict: bool, ranges: Flat | None = None) -> Compiled:
+    """Traces a call once and decides what is wanted.
+
+    Args:
+        call: with float variables, packed ones (of which the plan says what is stored), or some of each.
+        recipe: its rules.
+        wanted: the decisions that are needed.
+        strict: as for `make_plan`.
+        ranges: those of the variables: the inputs that calibration found none for are dynamic.
+
+    Raises:
+        PlanError: as `make_plan` and `plan_caches`.
     """
     program = call.trace()
-    known: dict[str, Any] = {}
-    norms: list[tuple[str, str]] = []
-    if recipe.fold_batch_norm:
-        program, folded, unfolded = fold_batch_norm(program)
-        read = {path for norm in folded for path in norm.state}
-        known = {path: leaf for path, leaf in zip(call.state_paths, call.leaves, strict=True) if path in read}
-        norms = [(n.name, f"folded into {', '.join(n.weight)} ({n.statistics} statistics)") for n in folded]
-        norms += [(n.name, n.reason) for n in unfolded]
-        if strict and not norms:
-            raise PlanError("qjax: fold_batch_norm=True, but this call has no batch normalisation. Leave it out.")
+    program, folded, norms = _fold_norms(program, recipe, strict)
+    known = {path: leaf for path, leaf in zip(call.state_paths, call.leaves, strict=True) if path in folded}
     sites = find_sites(program, frozenset(known))
-    plan = with_dynamic(make_plan(sites, recipe.rules, strict=strict), not_served(ranges or {}))
-    packed = any(is_packed(leaf) for leaf in call.leaves)
-    fusions = plan_fusions(program, sites, plan) if deciding or packed else ()
-    joints = plan_joints(program, sites, plan, fusions) if deciding or packed else ()
-    plan = dataclasses.replace(plan, norms=tuple(norms), fusions=fusions, joints=joints)
-    state = zip(call.state_paths, call.leaves, strict=True)
-    given = {name: leaf for name, leaf in state if name is not None and isinstance(leaf, QCache)}
+    params = {path: leaf for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None}
+    plan = make_plan(sites, recipe.rules, strict=strict, packed=packed_matrices(params))
+    plan = dataclasses.replace(with_dynamic(plan, not_served(ranges or {})), norms=norms)
+
+    state = {name: leaf for name, leaf in zip(call.state_paths, call.leaves, strict=True) if name is not None}
+    given = {name: leaf for name, leaf in state.items() if isinstance(leaf, QCache)}
     if given:
         plan = dataclasses.replace(plan, caches=plan_given(program, call.new_state(), given))
-    elif recipe.kv_cache and deciding:
+    elif recipe.kv_cache and wanted.caches:
         caches = plan_caches(program, call.new_state(), recipe.kv_cache, strict=strict)
         plan = dataclasses.replace(plan, caches=caches)
-    if plan.caches:
+
+    if wanted.products:
+        fusions = plan_fusions(program, sites, plan)
+        joints = plan_joints(program, sites, plan, fusions)
+        plan = dataclasses.replace(plan, fusions=fusions, joints=joints)
+    if wanted.products and plan.caches:
         attentions = find_attention(program.jaxpr, {site.address for site in plan.sites})
         plan = dataclasses.replace(plan, attentions=tuple(attentions))
-    params = {path: leaf for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None}
     return Compiled(program, sites, plan, {**known, **params})
+
+
+def _fold_norms(
+    program: Program, recipe: Recipe, strict: bool
+) -> tuple[Program, frozenset[str], tuple[tuple[str, str], ...]]:
+    """The program with its batch normalisations folded, the state that they read, and what the plan says of each."""
+    if not recipe.fold_batch_norm:
+        return program, frozenset(), ()
+    program, folded, unfolded = fold_batch_norm(program)
+    norms = [(n.name, f"folded into {', '.join(n.weight)} ({n.statistics} statistics)") for n in folded]
+    norms += [(n.name, n.reason) for n in unfolded]
+    if strict and not norms:
+        raise PlanError("qjax: fold_batch_norm=True, but this call has no batch normalisation. Leave it out.")
+    return program, frozenset(path for norm in folded for path in norm.state), tuple(norms)
+
+
+def packed_matrices(params: Mapping[str, Any]) -> dict[str, QTensor]:
+    """The packed parameters and folds among these variables, by the name that they have in a plan."""
+    found: dict[str, QTensor] = {}
+    for path, leaf in params.items():
+        if isinstance(leaf, FoldedParam):
+            found.update(leaf.derived)
+            leaf = leaf.own
+        if isinstance(leaf, QTensor):
+            found[path] = leaf
+    return found
 
 
 def plan_call(call: Call, recipe: Recipe, ranges: Flat) -> Plan:
     """What the recipe decides about a call."""
-    return compile_call(call, recipe, strict=recipe.strict, ranges=ranges).plan
+    return compile_call(call, recipe, EVERYTHING, strict=recipe.strict, ranges=ranges).plan

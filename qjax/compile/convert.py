@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qjax.compile.call import Call
-from qjax.compile.compiled import compile_call
+from qjax.compile.compiled import Wanted, compile_call
 from qjax.compile.ranges import Flat
 from qjax.compile.ranges import check as check_ranges
 from qjax.pallas_kernels.numbers import numerics
@@ -16,14 +17,27 @@ from qjax.pallas_kernels.packed.qcache import QCache
 from qjax.pallas_kernels.packed.qtensor import FoldedParam, QTensor, is_packed
 from qjax.pallas_kernels.packed.qtensor import quantize as pack
 from qjax.passes.analysis.folds import evaluate_fold
-from qjax.passes.plan.caches import plan_caches
 from qjax.passes.plan.decisions import Entry
 from qjax.recipes import Recipe
 
 
-def convert_call(call: Call, recipe: Recipe, ranges: Flat) -> dict[str, Any]:
-    """The packed form of every parameter that the plan quantizes, by path."""
-    compiled = compile_call(call, recipe, strict=recipe.strict, ranges=ranges)
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """The packed form of what the plan quantizes: parameters by path, and caches by the path of their state."""
+
+    params: dict[str, Any]
+    caches: dict[str, QCache]
+
+
+def convert_call(call: Call, recipe: Recipe, ranges: Flat, *, caches: bool = True) -> Converted:
+    """Packs the parameters of a call, and with `caches` its state; what is packed of that already stays as it is.
+
+    Raises:
+        PlanError: the recipe does not fit the model.
+        TypeError: a parameter is packed already.
+        ValueError: a parameter has NaN or infinite values, or a range is missing; the message names it.
+    """
+    compiled = compile_call(call, recipe, Wanted(caches=caches), strict=recipe.strict, ranges=ranges)
     sites, plan = compiled.sites, compiled.plan
     check_ranges(plan, ranges)
     params = compiled.params
@@ -57,19 +71,9 @@ def convert_call(call: Call, recipe: Recipe, ranges: Flat) -> dict[str, Any]:
         keep = path in packed or plan[path].kept
         own = (packed.get(path, leaf)) if keep else None
         packed[path] = FoldedParam(own, matrices, tuple(leaf.shape), jnp.dtype(leaf.dtype))
-    return packed
-
-
-def convert_caches(call: Call, recipe: Recipe) -> dict[str, Any]:
-    """The packed form of every cache that the recipe quantizes, by path of the state."""
-    if not recipe.kv_cache:
-        return {}
     state = dict(zip(call.state_paths, call.leaves, strict=True))
-    if any(isinstance(leaf, QCache) for leaf in state.values()):
-        return {}
-    program = call.trace()
-    plan = plan_caches(program, call.new_state(), recipe.kv_cache, strict=recipe.strict)
-    return {entry.name: entry.pack(state[entry.name]) for entry in plan.quantized}
+    floats = [e for e in (plan.caches.quantized if plan.caches else ()) if not isinstance(state[e.name], QCache)]
+    return Converted(packed, {entry.name: entry.pack(state[entry.name]) for entry in floats})
 
 
 pack_jitted = jax.jit(pack, static_argnames=("spec", "layout", "order"))

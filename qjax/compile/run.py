@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from qjax.compile.call import Call
-from qjax.compile.compiled import Compiled, compile_call
+from qjax.compile.compiled import Compiled, Wanted, compile_call
 from qjax.compile.ranges import KEPT, CallRanges, moved
 from qjax.compile.ranges import check as check_ranges
 from qjax.pallas_kernels.packed.qcache import QCache
 from qjax.pallas_kernels.packed.qtensor import FoldedParam, QTensor, fake_quant, fake_quant_with_codes, is_packed
 from qjax.passes.analysis.folds import evaluate_fold
-from qjax.passes.jaxpr import control_flow
+from qjax.passes.jaxpr import control_flow, listing
 from qjax.passes.jaxpr.replay import replay
 from qjax.passes.jaxpr.values import Absorbed, FoldValue, Ref
 from qjax.passes.jaxpr.views import View
@@ -36,10 +36,10 @@ def run_call(call: Call, recipe: Recipe, ranges: CallRanges) -> tuple[Any, CallR
     training = any(not is_packed(leaf) for path, leaf in zip(call.paths, call.leaves, strict=True) if path is not None)
     if training:
         recipe.check_patterns([path for path in call.paths if path is not None])
-    compiled = compile_call(call, recipe, strict=False, ranges=ranges.known, deciding=False)
+    packed = any(is_packed(leaf) for leaf in call.leaves)
+    compiled = compile_call(call, recipe, Wanted(products=packed), strict=False, ranges=ranges.known)
     plan = compiled.plan
     check_ranges(plan, ranges.known)
-    packed = any(is_packed(leaf) for leaf in compiled.params.values())
     enabled, frozen = None, False
     if recipe.schedule is not None and not packed:
         if ranges.step is None:
@@ -59,11 +59,12 @@ def run_call(call: Call, recipe: Recipe, ranges: CallRanges) -> tuple[Any, CallR
         assert entry.spec is not None
         assert entry.layout is not None
         codes = None
-        if entry.name in coded:
-            value, codes = fake_quant_with_codes(w, entry.spec, entry.layout, entry.order)
-        else:
-            value = fake_quant(w, entry.spec, entry.layout)
-        return (value if enabled is None else jnp.where(enabled, value, w)), codes
+        with listing.scope(f"fake_quant[{entry.spec}]", entry.name):
+            if entry.name in coded:
+                value, codes = fake_quant_with_codes(w, entry.spec, entry.layout, entry.order)
+            else:
+                value = fake_quant(w, entry.spec, entry.layout)
+            return (value if enabled is None else jnp.where(enabled, value, w)), codes
 
     values: list[Any] = []
     for path, leaf in zip(call.paths, call.leaves, strict=True):

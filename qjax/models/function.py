@@ -66,7 +66,7 @@ class QuantizedFunction:
             params = self.calibrate(params, calibration, progress=False, **kwargs)
         own, ranges = self._split(params)
         call = self._call(own, args, kwargs)
-        values = convert_call(call, self.recipe, take_ranges(ranges)[1].known)
+        values = convert_call(call, self.recipe, take_ranges(ranges)[1].known, caches=False).params
         packed = call.with_params(values)[0]
         return {"params": packed, **ranges_of(ranges)} if ranges else packed
 

@@ -13,7 +13,7 @@ from qjax.compile.calibrate import calibrate_over, observe_call
 from qjax.compile.calibration import Calibration, calibrated
 from qjax.compile.call import Call, Variables
 from qjax.compile.compiled import plan_call
-from qjax.compile.convert import convert_caches, convert_call
+from qjax.compile.convert import convert_call
 from qjax.compile.ranges import KEPT, flatten, kept_after, param_paths, ranges_of, take_ranges
 from qjax.compile.run import run_call
 from qjax.passes.jaxpr.trace import path_name
@@ -160,8 +160,8 @@ class QuantizedLinen:
             variables = self.calibrate(variables, calibration, progress=False, **how, **kwargs)
         own, ranges = take_ranges(variables)
         call = self._call(own, args, kwargs, how)
-        packed = convert_call(call, self.recipe, ranges.known)
-        return {**call.with_params(packed, convert_caches(call, self.recipe))[0], **ranges_of(variables)}
+        converted = convert_call(call, self.recipe, ranges.known)
+        return {**call.with_params(converted.params, converted.caches)[0], **ranges_of(variables)}
 
     def observe(
         self,

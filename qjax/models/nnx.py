@@ -12,7 +12,7 @@ from qjax.compile.calibrate import calibrate_over, observe_call
 from qjax.compile.calibration import Calibration, calibrated
 from qjax.compile.call import Call
 from qjax.compile.compiled import plan_call
-from qjax.compile.convert import convert_caches, convert_call
+from qjax.compile.convert import convert_call
 from qjax.compile.ranges import KEPT, LEARNED, STEP, Flat, flatten, kept_after, nest, ranges_of, take_ranges
 from qjax.compile.run import run_call
 from qjax.passes.jaxpr.trace import path_name
@@ -168,8 +168,8 @@ class QuantizedNNX(nnx.Module):
             collections = calibrated(seen, self.recipe)
         known = take_ranges(collections)[1].known
         call, _ = self._call(args, kwargs, method)
-        packed, caches = convert_call(call, self.recipe, known), convert_caches(call, self.recipe)
-        out = QuantizedNNX(with_nnx_values(self.model, {**packed, **caches}), self.recipe)
+        converted = convert_call(call, self.recipe, known)
+        out = QuantizedNNX(with_nnx_values(self.model, {**converted.params, **converted.caches}), self.recipe)
         out.ranges.keep(ranges_of(collections))
         return out
 
