@@ -39,7 +39,7 @@ class Wanted:
 
     Attributes:
         caches: how float caches are stored; what is packed already is decided always.
-        products: which products are carried out with what follows them, side by side, or as attention.
+        products: which products of packed weights are carried out with what follows them, or side by side.
     """
 
     caches: bool = False
@@ -82,7 +82,7 @@ def compile_call(call: Call, recipe: Recipe, wanted: Wanted, *, strict: bool, ra
         fusions = plan_fusions(program, sites, plan)
         joints = plan_joints(program, sites, plan, fusions)
         plan = dataclasses.replace(plan, fusions=fusions, joints=joints)
-    if wanted.products and plan.caches:
+    if plan.caches and (given or wanted.products):
         attentions = find_attention(program.jaxpr, {site.address for site in plan.sites})
         plan = dataclasses.replace(plan, attentions=tuple(attentions))
     return Compiled(program, sites, plan, {**known, **params})

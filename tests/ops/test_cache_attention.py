@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,10 +29,14 @@ from qjax.pallas_kernels.ops.cache_dot import tpu as cache_dot_tpu
 from qjax.pallas_kernels.packed import qcache
 from qjax.pallas_kernels.packed.qcache import CacheSpec, QCache
 from qjax.passes.jaxpr.replay import replay
-from qjax.passes.jaxpr.trace import trace
-from qjax.passes.plan import attention
+from qjax.passes.jaxpr.trace import Program, trace
+from qjax.passes.plan.attention import find
 from qjax.passes.plan.caches import plan_given
+from qjax.passes.plan.decisions import CachePlan
+from qjax.passes.rewrites import attention as rewrites_attention
 from qjax.passes.rewrites import lower
+from qjax.passes.rewrites.attention import fused_attention
+from qjax.passes.rewrites.caches import PackedCaches
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -79,6 +83,12 @@ def attended(q: Any, keys: Any, values: Any, mask: Any, scale: float) -> tuple[n
     return tuple(np.einsum("bhqs,bshd->bqhd", p, v) for v in (values, np.abs(values)))  # type: ignore[return-value]
 
 
+def replayed(program: Program, values: Sequence[Any], plan: CachePlan) -> jax.Array:
+    """The first result of a program on packed caches, as qjax runs it."""
+    attentions = [fused_attention(found) for found in find(program.jaxpr)]
+    return replay(program, values, rules=lower.RULES, fused=attentions, state=PackedCaches(plan))[0][0]
+
+
 def traced(fn: Callable[..., Any], q: Any, keys: QCache, values: QCache, mask: Any) -> Callable[..., jax.Array]:
     """`fn` with the caches packed, as qjax replays it."""
     floats = [jnp.zeros(cache.shape, cache.dtype) for cache in (keys, values)]
@@ -86,7 +96,7 @@ def traced(fn: Callable[..., Any], q: Any, keys: QCache, values: QCache, mask: A
 
     def run(q: Any, keys: QCache, values: QCache, mask: Any) -> jax.Array:
         plan = plan_given(program, None, {"keys": keys, "values": values})
-        return replay(program, [q, keys, values, mask], rules=lower.RULES, caches=plan)[0][0]
+        return replayed(program, [q, keys, values, mask], plan)
 
     return run
 
@@ -152,7 +162,9 @@ def test_the_kernel_attends_as_float64_does(case: Any, monkeypatch: pytest.Monke
     """In tiles of 128 positions and of 2 rows of queries."""
     monkeypatch.setattr(cache_dot_tpu, "_TILE", 1)
     monkeypatch.setattr(cache_dot_tpu, "_MOST_ROWS", 2)
-    monkeypatch.setattr(attention, "cache_attention", functools.partial(cache_attention_tpu.attention, interpret=True))
+    monkeypatch.setattr(
+        rewrites_attention, "cache_attention", functools.partial(cache_attention_tpu.attention, interpret=True)
+    )
     check_a_program(*case)
 
 
@@ -303,7 +315,7 @@ def test_attention_on_float_values_is_two_products():
 
     def run(keys: QCache) -> jax.Array:
         plan = plan_given(program, None, {"keys": keys})
-        return replay(program, [q, keys, values, mask], rules=lower.RULES, caches=plan)[0][0]
+        return replayed(program, [q, keys, values, mask], plan)
 
     text = str(jax.make_jaxpr(run)(keys))
     assert "cache_attention" not in text and text.count("cache_dot_general[") == 1

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from test_integer_matmul import Case, Fused
 
+from qjax.pallas_kernels.backends import triton
 from qjax.pallas_kernels.chips import gpu as gpu_chips
 from qjax.pallas_kernels.numbers.activation_ranges import ActSpec, MinMax
 from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
@@ -28,7 +29,6 @@ from qjax.pallas_kernels.ops.integer_matmul import gpu as integer_matmul_gpu
 from qjax.pallas_kernels.ops.integer_matmul import gpu_operands as integer_matmul_gpu_operands
 from qjax.pallas_kernels.ops.integer_matmul import mosaic as integer_matmul_mosaic
 from qjax.pallas_kernels.ops.integer_matmul import triton as integer_matmul_triton
-from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
 from qjax.pallas_kernels.packed.layout import Layout
 from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
@@ -252,7 +252,7 @@ def test_triton_epilogues(fused: Fused, blocks: Any):
 
 
 def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(matmul_triton, "finds_device", lambda: True)
+    monkeypatch.setattr(triton, "finds_device", lambda: True)
     x, plain = jax.ShapeDtypeStruct((5, 256), jnp.int8), shapes(8, PerChannel(), 256, 128)
     assert "target_chip" in (integer_matmul_gpu.kernel(x, plain, F32)[1] or "")  # on a CPU
     with gpu_chips.target_chip("h100"):
@@ -278,7 +278,7 @@ def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
             assert reason in (why or "")
     with gpu_chips.target_chip("a100"):
         assert integer_matmul_gpu.kernel(x, plain, F32) == (integer_matmul_triton, None)
-        monkeypatch.setattr(matmul_triton, "finds_device", lambda: False)
+        monkeypatch.setattr(triton, "finds_device", lambda: False)
         assert "use_abstract_mesh" in (integer_matmul_gpu.kernel(x, plain, F32)[1] or "")
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.pallas_kernels.backends import gpu_operands, mosaic_tile
+from qjax.pallas_kernels.backends import gpu_operands, mosaic_tile, triton
 from qjax.pallas_kernels.chips import gpu as gpu_chips
 from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
 from qjax.pallas_kernels.ops.matmul import gpu as matmul_gpu
@@ -271,7 +271,7 @@ def shapes(case: Case) -> tuple[Any, QTensor]:
 
 
 def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(matmul_triton, "finds_device", lambda: True)
+    monkeypatch.setattr(triton, "finds_device", lambda: True)
     plain = Case(8, 256, 128, "int4", PerGroup(128), None)
     x, w = shapes(plain)
     assert "target_chip" in (matmul_gpu.unsupported(x, w, (), BF16) or "")  # on a CPU
@@ -297,7 +297,7 @@ def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
         assert matmul_gpu._choose(x32, w32, (), F32, jax.lax.Precision.HIGHEST, False)[0] is None
     with gpu_chips.target_chip("a100"):
         assert matmul_gpu._choose(x, w, (), BF16, None, False) == (matmul_triton, None)
-        monkeypatch.setattr(matmul_triton, "finds_device", lambda: False)
+        monkeypatch.setattr(triton, "finds_device", lambda: False)
         assert "use_abstract_mesh" in (matmul_gpu.unsupported(x, w, (), BF16) or "")
 
 

@@ -23,6 +23,7 @@ from qjax.passes.jaxpr.trace import trace
 from qjax.passes.plan.caches import plan_caches, plan_given
 from qjax.passes.plan.rules import CacheRule, PlanError, as_cache_rules
 from qjax.passes.rewrites import lower
+from qjax.passes.rewrites.caches import PackedCaches
 
 INT8, INT4 = CacheSpec(FORMATS["int8"]), CacheSpec(FORMATS["int4"])
 SPECS = {
@@ -245,7 +246,7 @@ def packed_run(fn, spec: CacheSpec, cache: jax.Array, *args: Any) -> tuple[Any, 
 
     def run(packed, *args):
         caches = plan_given(program, None, {"cache": packed})
-        return replay(program, [packed, *args], rules=lower.RULES, caches=caches)[0]
+        return replay(program, [packed, *args], rules=lower.RULES, state=PackedCaches(caches))[0]
 
     return plan, packed, jax.jit(run)(packed, *args)
 
@@ -407,7 +408,7 @@ def test_a_cache_filled_at_once_is_quantized_as_it_leaves():
     program = trace(fn, [cache, new], [None, None], ["cache", None])
     packed = qcache.zeros(CACHE, jnp.float32, INT8, -1)
     plan = plan_given(program, ["cache"], {"cache": packed})
-    (after,), _ = replay(program, [packed, new], rules={}, caches=plan)
+    (after,), _ = replay(program, [packed, new], rules={}, state=PackedCaches(plan))
     np.testing.assert_array_equal(after.codes[:, :3], quantize(new, INT8, -1).codes)
     assert not np.asarray(after.codes[:, 3:]).any()
 
