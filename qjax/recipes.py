@@ -121,20 +121,25 @@ nf4, fp4_e2m1 = _MAKERS["nf4"], _MAKERS["fp4_e2m1"]
 fp8_e4m3, fp8_e5m2 = _MAKERS["fp8_e4m3"], _MAKERS["fp8_e5m2"]
 
 
+Strict = bool | Literal["kernels"]
+"""How much is an error; see `Recipe.strict`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Rules, first match wins, and how they are carried out.
 
     Attributes:
         rules: of several that match, the first wins.
-        strict: whether a rule that does nothing is an error.
+        strict: whether a rule that does nothing is an error; "kernels": a product that no kernel of the platform takes
+            is one too.
         fold_batch_norm: whether batch normalisation is multiplied into the weights before it.
         schedule: when training quantizes; None for always.
         kv_cache: how state is stored; of several rules that match, the first wins.
     """
 
     rules: tuple[Rule, ...]
-    strict: bool = True
+    strict: Strict = True
     fold_batch_norm: bool = False
     schedule: Schedule | None = None
     kv_cache: tuple[CacheRule, ...] = ()
@@ -247,8 +252,10 @@ too, with 8-bit floats for both, `w8a8_static` by calibrated ranges, but for inp
 each with `_qat`: with a scale rule cheap enough for training."""
 
 
-def as_recipe(recipe: Any, *, strict: bool = True) -> Recipe:
+def as_recipe(recipe: Any, *, strict: Strict = True) -> Recipe:
     """A recipe given as a name, a format, a rule or a sequence of rules."""
+    if not (isinstance(strict, bool) or strict == "kernels"):
+        raise ValueError(f"qjax: strict={strict!r} is True, False or 'kernels'.")
     if isinstance(recipe, Recipe):
         return dataclasses.replace(recipe, strict=strict)
     if isinstance(recipe, str):

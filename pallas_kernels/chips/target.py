@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import jax
+
 from qjax.pallas_kernels.chips import gpu as gpu_chips
 from qjax.pallas_kernels.chips import tpu as tpu_chips
 
@@ -26,3 +28,13 @@ def target_chip(chip: str) -> Iterator[None]:
         raise ValueError(f"qjax: target_chip({chip!r}): known are {known}.")
     with table.target_chip(chip):
         yield
+
+
+def platform() -> str:
+    """The platform that programs are made for: "tpu" or "cuda" of `target_chip`, or that of JAX: these, or "cpu"."""
+    if gpu_chips.asked_for() is not None:
+        return "cuda"
+    if tpu_chips.asked_for() is not None:
+        return "tpu"
+    backend = jax.default_backend()
+    return {"gpu": "cuda"}.get(backend, backend)

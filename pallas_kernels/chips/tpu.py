@@ -70,13 +70,18 @@ def target_chip(chip: str) -> Iterator[None]:
         yield
 
 
+def asked_for() -> str | None:
+    """The chip of `target_chip`, or None."""
+    return _TARGET.value
+
+
 def chip() -> str | None:
     """The chip that programs are made for: that of `target_chip`, or else of this machine; None if it is no known TPU.
 
     Asks the default backend only, which an operation on an array asks too.
     """
-    if _TARGET.value is not None:
-        return _TARGET.value
+    if asked_for() is not None:
+        return asked_for()
     kind = jax.devices()[0].device_kind
     return next((name for name, own in CHIPS.items() if own == kind), None)
 

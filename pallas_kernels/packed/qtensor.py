@@ -7,6 +7,7 @@ contracts, N what it produces, and each element of the stack (scanned layers, ex
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qjax.pallas_kernels.numbers import numerics, packing, stored_scales
-from qjax.pallas_kernels.numbers.formats import FORMATS, PerTensor, QuantSpec
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerTensor, QuantSpec
 from qjax.pallas_kernels.packed.layout import Layout
 
 
@@ -264,10 +265,20 @@ def is_packed(value: object) -> bool:
     return isinstance(value, QTensor | FoldedParam)
 
 
+@functools.lru_cache(maxsize=4096)
+def packed_type(
+    shape: tuple[int, ...], dtype: Any, spec: QuantSpec, layout: Layout, order: Literal["kn", "nk"] = "kn"
+) -> QTensor:
+    """What `quantize` gives for a parameter of this shape, as `jax.ShapeDtypeStruct`s."""
+    # How scales are chosen says nothing about their shapes, and a search takes long to trace.
+    quick = dataclasses.replace(spec, scale_rule=AbsMax())
+    packed = jax.eval_shape(lambda w: quantize(w, quick, layout, order), jax.ShapeDtypeStruct(shape, dtype))
+    return dataclasses.replace(packed, spec=spec)
+
+
 def packed_nbytes(shape: tuple[int, ...], spec: QuantSpec, layout: Layout) -> int:
     """Bytes that a parameter of this shape takes when packed, from the shapes alone."""
-    packed = jax.eval_shape(lambda w: quantize(w, spec, layout), jax.ShapeDtypeStruct(shape, jnp.float32))
-    return packed.nbytes
+    return packed_type(tuple(shape), jnp.dtype("float32"), spec, layout).nbytes
 
 
 def pick_layer(w: QTensor, layer: Int[Array, ""] | int | None) -> QTensor:

@@ -12,12 +12,10 @@ of the packed matrix picks the same one of `a` and `b`, and gradients reach only
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from qjax.pallas_kernels.packed.layout import Layout
@@ -26,6 +24,7 @@ from qjax.passes.jaxpr import control_flow
 from qjax.passes.jaxpr.trace import Address, Program
 from qjax.passes.plan.decisions import Entry, Plan
 from qjax.passes.plan.rules import PlanError, Rule
+from qjax.passes.plan.show import plain_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +139,7 @@ class AdapterPlan:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=1000, color_system=None)
-        console.print(self)
-        text = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines())
+        return plain_text(self)
 
     __repr__ = __str__
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
-import json
 import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 
 from qjax.pallas_kernels.backends.epilogue import Epilogue
 from qjax.pallas_kernels.numbers.activation_ranges import ActSpec
@@ -22,7 +19,7 @@ from qjax.pallas_kernels.packed.layout import Layout
 from qjax.pallas_kernels.packed.qcache import CacheSpec, QCache
 from qjax.pallas_kernels.packed.qtensor import packed_nbytes
 from qjax.passes.jaxpr.trace import Address
-from qjax.passes.plan.show import _bytes
+from qjax.passes.plan import show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +34,7 @@ class Attention:
         order, steps: as in `AttentionSpec`; a step ("mask", ...) belongs to `mask`.
         mask: the variable of the mask, or None.
         dtype: of the probabilities.
+        names: of the two products, as the plan lists matmuls of activations.
     """
 
     body: Address
@@ -48,6 +46,10 @@ class Attention:
     steps: tuple[Any, ...]
     mask: Any
     dtype: Any
+    names: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join(self.names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,32 +240,10 @@ class CachePlan:
 
     def to_json(self) -> list[dict[str, Any]]:
         """The entries as plain data."""
-        return [
-            {
-                "name": e.name,
-                "shape": list(e.shape),
-                "dtype": e.dtype,
-                "format": str(e.spec) if e.spec else None,
-                "axis": e.axis,
-                "reason": e.reason,
-                "bytes": [e.float_bytes, e.stored_bytes],
-            }
-            for e in self.entries
-        ]
+        return show.cache_json(self)
 
-    def __rich__(self) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="bold", show_footer=True)
-        table.add_column("cache", footer="total", overflow="fold")
-        table.add_column("shape", overflow="fold")
-        table.add_column("format")
-        table.add_column("float", justify="right", footer=f"{self.float_bytes:,} B")
-        table.add_column("stored", justify="right", footer=f"{self.stored_bytes:,} B")
-        table.add_column("reason", overflow="fold")
-        for e in self.entries:
-            shape = f"{e.dtype}[{','.join(map(str, e.shape))}]"
-            form = str(e.spec) if e.spec else "float"
-            table.add_row(e.name, shape, form, f"{e.float_bytes:,} B", f"{e.stored_bytes:,} B", e.reason)
-        return table
+    def __rich__(self) -> RenderableType:
+        return show.cache_table(self)
 
 
 NO_CACHES = CachePlan()
@@ -364,6 +344,27 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
+class Run:
+    """What one packed operation of the served program runs as.
+
+    Attributes:
+        names: of the parameters, folds and caches that it reads.
+        operation: its name in the program.
+        runs: what computes it.
+        reason: why that is not the best kernel of the platform; empty where it is, or where there is none.
+    """
+
+    names: tuple[str, ...]
+    operation: str
+    runs: str
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"names": list(self.names), "operation": self.operation, "runs": self.runs, "reason": self.reason}
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Every decision about a model: what is quantized, how, and why the rest is not.
 
@@ -376,6 +377,7 @@ class Plan:
         fusions: what becomes part of the products of packed weights.
         joints: products of packed weights that are carried out as one.
         attentions: attention on packed caches that is carried out as one.
+        runs: what each packed operation runs as on the platform that the plan was made for.
     """
 
     entries: tuple[Entry, ...]
@@ -386,6 +388,7 @@ class Plan:
     fusions: tuple[Fusion, ...] = ()
     joints: tuple[Joint, ...] = ()
     attentions: tuple[Attention, ...] = ()
+    runs: tuple[Run, ...] = ()
 
     @functools.cached_property
     def _by_name(self) -> dict[str, Entry]:
@@ -417,71 +420,27 @@ class Plan:
         size = sum(e.size for e in self.entries if not e.sources)
         return 8 * self.stored_bytes / size if size else 0.0
 
+    def runs_of(self, name: str) -> tuple[Run, ...]:
+        """What the operations that read a parameter, fold or cache run as; none where that was not asked for."""
+        return tuple(run for run in self.runs if name in run.names)
+
+    @property
+    def fallbacks(self) -> tuple[Run, ...]:
+        """The operations that run as something else than the best kernel of the platform, each with its reason."""
+        return tuple(run for run in self.runs if run.reason)
+
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain data; what the golden files of the tests hold."""
-        return {
-            "parameters": [
-                {
-                    "name": e.name,
-                    "shape": list(e.shape),
-                    "dtype": e.dtype,
-                    "format": str(e.spec) if e.spec else None,
-                    "layout": e.layout.to_json() if e.layout else None,
-                    "ops": list(e.ops),
-                    "reason": e.reason,
-                    "bytes": [e.float_bytes, e.stored_bytes],
-                    **({"activations": str(e.activations)} if e.activations else {}),
-                }
-                for e in self.entries
-            ],
-            "matmuls without parameters": [list(u) for u in self.unweighted],
-            "bits_per_weight": round(self.bits_per_weight, 4),
-            **({"caches": self.caches.to_json()} if self.caches else {}),
-            **({"fused": [str(fusion) for fusion in self.fusions]} if self.fusions else {}),
-            **({"joined": [str(joint) for joint in self.joints]} if self.joints else {}),
-        }
+        """The plan as plain data."""
+        return show.plan_json(self)
 
     def save(self, path: str) -> None:
         """Writes `to_json` to a file."""
-        with open(path, "w") as file:
-            json.dump(self.to_json(), file, indent=1)
+        show.save_json(self.to_json(), path)
 
-    def __rich__(self) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="bold", show_footer=True)
-        float_mb, packed_mb = _bytes(self.float_bytes), _bytes(self.stored_bytes)
-        table.add_column("parameter", footer="total", overflow="fold")
-        table.add_column("shape", overflow="fold")
-        table.add_column("op")
-        table.add_column("format")
-        with_inputs = any(e.activations for e in self.entries)
-        if with_inputs:
-            table.add_column("input")
-        table.add_column("float", justify="right", footer=float_mb)
-        table.add_column("stored", justify="right", footer=packed_mb)
-        table.add_column("bits/w", justify="right", footer=f"{self.bits_per_weight:.2f}")
-        table.add_column("reason", overflow="fold")
-        for e in self.entries:
-            shape = f"{jnp.dtype(e.dtype).name}[{','.join(map(str, e.shape))}]"
-            bits = f"{8 * e.stored_bytes / e.size:.2f}" if e.size else "-"
-            fmt = str(e.spec) if e.spec else "folded" if e.folded_into else "float"
-            source_bytes = "" if e.sources else _bytes(e.float_bytes)
-            inputs = [str(e.activations or ("float" if e.ops else ""))] if with_inputs else []
-            row = (e.name, shape, " ".join(e.ops), fmt, *inputs, source_bytes, _bytes(e.stored_bytes), bits, e.reason)
-            table.add_row(*row)
-        return table
+    def __rich__(self) -> RenderableType:
+        return show.plan_renderable(self)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=1000, color_system=None)  # never wraps: paths can be searched for
-        console.print(self)
-        if self.caches:
-            console.print(self.caches)
-        for what, reason in (*self.unweighted, *((f"batch norm {name}", what) for name, what in self.norms)):
-            console.print(f"{what}: {reason}")
-        for fusion in self.fusions:
-            console.print(f"fused {fusion}")
-        for joint in self.joints:
-            console.print(f"joined {joint}")
-        text = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines())
+        return show.plain_text(self)
 
     __repr__ = __str__

@@ -23,7 +23,7 @@ from qjax.recipes import Recipe
 
 def observe_call(call: Call, recipe: Recipe) -> tuple[dict[str, Any], Plan]:
     """The statistics of one batch, by name of the range, while the float model runs."""
-    compiled = compile_call(call, recipe, Wanted(), strict=recipe.strict)
+    compiled = compile_call(call, recipe, Wanted(), strict=bool(recipe.strict))
     for path, leaf in compiled.params.items():
         if is_packed(leaf):
             raise TypeError(f"qjax: {path!r} is packed already; calibration runs the float model.")

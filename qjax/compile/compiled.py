@@ -112,8 +112,3 @@ def packed_matrices(params: Mapping[str, Any]) -> dict[str, QTensor]:
         if isinstance(leaf, QTensor):
             found[path] = leaf
     return found
-
-
-def plan_call(call: Call, recipe: Recipe, ranges: Flat) -> Plan:
-    """What the recipe decides about a call."""
-    return compile_call(call, recipe, EVERYTHING, strict=recipe.strict, ranges=ranges).plan

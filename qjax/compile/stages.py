@@ -9,42 +9,19 @@ lower             what serving runs: packed weights, packed operations
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from qjax.compile.calibrate import observe_call
 from qjax.compile.call import Call
-from qjax.compile.compiled import Wanted, compile_call
-from qjax.compile.convert import convert_call
+from qjax.compile.compiled import EVERYTHING, Wanted, compile_call
 from qjax.compile.ranges import CallRanges
 from qjax.compile.run import run_call
-from qjax.pallas_kernels.packed.qcache import QCache
-from qjax.pallas_kernels.packed.qtensor import is_packed
+from qjax.compile.served import packed_call, served_program, with_leaves
 from qjax.passes.jaxpr.listing import Listing, listing
 from qjax.recipes import Recipe
-
-
-def _with_leaves(call: Call, leaves: Sequence[Any]) -> Call:
-    """The same call on other arrays of the same kinds."""
-    other = copy.copy(call)
-    other.leaves = list(leaves)
-    return other
-
-
-def _packed(call: Call, recipe: Recipe, ranges: CallRanges) -> Call:
-    """The call on packed variables, as shapes."""
-    if any(is_packed(leaf) or isinstance(leaf, QCache) for leaf in call.leaves):
-        return call
-
-    def convert(leaves: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        converted = convert_call(_with_leaves(call, leaves), recipe, ranges.known)
-        return converted.params, converted.caches
-
-    return dataclasses.replace(call, inputs=call.with_params(*jax.eval_shape(convert, call.leaves)))
 
 
 def _names(call: Call, arrays: Callable[[Any], int]) -> list[str]:
@@ -65,21 +42,26 @@ def _of_run(call: Call, run: Callable[[Call], Any]) -> Listing:
     """What `run` does with the leaves of a call."""
 
     def flat(*leaves: Any) -> list[Any]:
-        return [x for x in jax.tree.leaves(run(_with_leaves(call, leaves))) if hasattr(x, "dtype")]
+        return [x for x in jax.tree.leaves(run(with_leaves(call, leaves))) if hasattr(x, "dtype")]
 
     return listing(jax.make_jaxpr(flat)(*call.leaves), _names(call, lambda leaf: len(jax.tree.leaves(leaf))))
+
+
+def _served(call: Call, recipe: Recipe, ranges: CallRanges) -> Listing:
+    compiled = compile_call(call, recipe, EVERYTHING, strict=bool(recipe.strict), ranges=ranges.known)
+    served = packed_call(call, compiled)
+    names = _names(served, lambda leaf: len(jax.tree.leaves(leaf)))
+    return listing(served_program(call, compiled, recipe, ranges.known)[0], names)
 
 
 STAGES: dict[str, Callable[[Call, Recipe, CallRanges], Listing]] = {
     "trace": lambda call, recipe, ranges: _of_program(call, call.trace().jaxpr),
     "fold_batch_norm": lambda call, recipe, ranges: _of_program(
-        call, compile_call(call, recipe, Wanted(), strict=recipe.strict).program.jaxpr
+        call, compile_call(call, recipe, Wanted(), strict=bool(recipe.strict)).program.jaxpr
     ),
     "observe": lambda call, recipe, ranges: _of_run(call, lambda call: observe_call(call, recipe)[0]),
     "fake_quant": lambda call, recipe, ranges: _of_run(call, lambda call: run_call(call, recipe, ranges)[0]),
-    "lower": lambda call, recipe, ranges: _of_run(
-        _packed(call, recipe, ranges), lambda call: run_call(call, recipe, ranges)[0]
-    ),
+    "lower": _served,
 }
 
 

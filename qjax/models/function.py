@@ -9,8 +9,8 @@ from typing import Any
 from qjax.compile.calibrate import calibrate_over, observe_call
 from qjax.compile.calibration import Calibration, calibrated
 from qjax.compile.call import Call, Variables
-from qjax.compile.compiled import plan_call
 from qjax.compile.convert import convert_call
+from qjax.compile.plan import plan_call
 from qjax.compile.ranges import KEPT, LEARNED, ranges_of, take_ranges
 from qjax.compile.run import run_call
 from qjax.passes.jaxpr.trace import path_name

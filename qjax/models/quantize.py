@@ -16,14 +16,14 @@ from qjax.models.function import QuantizedFunction
 from qjax.models.linen import QuantizedLinen
 from qjax.models.nnx import QuantizedNNX
 from qjax.passes.plan.rules import as_cache_rules
-from qjax.recipes import Schedule, as_recipe
+from qjax.recipes import Schedule, Strict, as_recipe
 
 
 def quantize(
     model: Any,
     recipe: Any,
     *,
-    strict: bool = True,
+    strict: Strict = True,
     fold_batch_norm: bool = False,
     schedule: Schedule | None = None,
     kv_cache: Any = None,
@@ -35,7 +35,9 @@ def quantize(
         recipe: a name (see `qjax.RECIPES`), a format such as `qjax.int4(group=64)`, or a sequence of
             `qjax.Rule`s, of which the first that matches a parameter wins.
         strict: raise a `PlanError` for a rule that does nothing, and for a parameter that a rule names (its pattern
-            does not end in a wildcard) but that cannot be quantized.
+            does not end in a wildcard) but that cannot be quantized. "kernels": also for a product of a packed weight
+            that no kernel takes, on the chip of `qjax.target_chip` or on the platform that JAX runs on: `plan` says
+            what each runs as.
         fold_batch_norm: multiply batch normalisation into the convolution or matmul before it, in training as in
             serving (`passes.rewrites.batch_norm`).
         schedule: when training begins to quantize and stops to update moving averages.
