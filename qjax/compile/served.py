@@ -21,6 +21,8 @@ from qjax.compile.compiled import Compiled
 from qjax.compile.execute import run_compiled
 from qjax.compile.packing import packed_params
 from qjax.compile.ranges import CallRanges, Flat
+from qjax.pallas_kernels.chips.target import platform
+from qjax.pallas_kernels.ops.primitive import OPERATIONS, SEPARATE, XLA, XLA_CODES, on_leaves, unflatten
 from qjax.pallas_kernels.packed.qcache import QCache
 from qjax.pallas_kernels.packed.qtensor import FoldedParam, QTensor, is_packed, packed_type
 from qjax.passes.jaxpr.operations import PackedOperation, packed_operations
