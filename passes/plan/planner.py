@@ -222,7 +222,7 @@ class _Planner:
     ) -> Entry:
         """The entry of a value that is packed already; one of another format than the rule's is a mismatch."""
         if rule is None or rule.weights is None or not is_stored_as(q, rule.weights):
-            said = "no rule gives it a format" if rule is None or rule.weights is None else f"{rule} says another one"
+            said = "no rule gives it a format" if rule is None or rule.weights is None else f"its rule is {rule}"
             self.mismatches.append(
                 f"{entry.name!r} is stored as {q.spec}, but {said}. Apply packed variables with the recipe that they "
                 "were converted with, or convert the float variables with this one."

@@ -37,7 +37,13 @@ def convert_call(call: Call, recipe: Recipe, ranges: Flat, *, caches: bool = Tru
         TypeError: a parameter is packed already.
         ValueError: a parameter has NaN or infinite values, or a range is missing; the message names it.
     """
-    compiled = compile_call(call, recipe, Wanted(caches=caches), strict=bool(recipe.strict), ranges=ranges)
+    compiled = compile_call(
+        call,
+        recipe,
+        Wanted(caches=caches, products=recipe.strict == "kernels"),
+        strict=bool(recipe.strict),
+        ranges=ranges,
+    )
     plan = compiled.plan
     check_ranges(plan, ranges)
     refuse_fallbacks(call, compiled, recipe, ranges)

@@ -118,12 +118,14 @@ def _runs(found: PackedOperation) -> Iterator[Run]:
     operation = OPERATIONS[eqn.primitive]
     operands, options = unflatten(types, **eqn.params)
     runs = operation.runs_as(platform(), *operands, **options)
-    if runs.name != SEPARATE or runs.reason:
+    if runs.name != SEPARATE:
         yield Run(found.names, eqn.primitive.name, runs.name, runs.reason)
-    if runs.name == SEPARATE:
-        meaning = jax.make_jaxpr(functools.partial(on_leaves(operation.meaning), **eqn.params))(*types)
-        for each in packed_operations(meaning, found.operands):
-            yield from _runs(each)
+        return
+    meaning = jax.make_jaxpr(functools.partial(on_leaves(operation.meaning), **eqn.params))(*types)
+    inner = [run for each in packed_operations(meaning, found.operands) for run in _runs(each)]
+    yield from inner
+    if runs.reason and all(run.reason != runs.reason for run in inner):
+        yield Run(found.names, eqn.primitive.name, SEPARATE, runs.reason)
 
 
 def refuse_fallbacks(call: Call, compiled: Compiled, recipe: Recipe, ranges: Flat) -> None:
@@ -134,7 +136,8 @@ def refuse_fallbacks(call: Call, compiled: Compiled, recipe: Recipe, ranges: Fla
 
 def refuse(runs: Sequence[Run]) -> None:
     """A `PlanError` that names all of these that are not the platform's best kernel."""
-    fallbacks = [f"{', '.join(run.names)} ({run.operation}): {run.reason}" for run in runs if run.reason]
+    alone = [run for run in runs if run.reason and run.runs != SEPARATE]  # only what follows those is by itself
+    fallbacks = [f"{', '.join(run.names)} ({run.operation}): {run.reason}" for run in alone]
     if fallbacks:
         head = f"qjax: these products would run without the kernels of {platform()!r} (strict='kernels'):"
         tail = "Give them a format or a size that a kernel takes, or ask for strict=True."
