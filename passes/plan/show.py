@@ -60,7 +60,7 @@ def plan_table(plan: Any) -> Table:
     for e in plan.entries:
         inputs = [str(e.activations or ("float" if e.ops else ""))] if with_inputs else []
         runs = (
-            ["; ".join(dict.fromkeys(run.runs for run in plan.runs_of(e.name) if run.operation != run.runs))]
+            ["; ".join(dict.fromkeys(run.runs for run in plan.runs_of(e.name)))]
             if with_runs
             else []
         )
