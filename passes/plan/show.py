@@ -59,11 +59,7 @@ def plan_table(plan: Any) -> Table:
     )
     for e in plan.entries:
         inputs = [str(e.activations or ("float" if e.ops else ""))] if with_inputs else []
-        runs = (
-            ["; ".join(dict.fromkeys(run.runs for run in plan.runs_of(e.name)))]
-            if with_runs
-            else []
-        )
+        runs = ["; ".join(dict.fromkeys(run.runs for run in plan.runs_of(e.name)))] if with_runs else []
         table.add_row(
             e.name,
             f"{jnp.dtype(e.dtype).name}[{','.join(map(str, e.shape))}]",

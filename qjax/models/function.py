@@ -13,6 +13,8 @@ from qjax.compile.convert import convert_call
 from qjax.compile.plan import plan_call
 from qjax.compile.ranges import KEPT, LEARNED, ranges_of, take_ranges
 from qjax.compile.run import run_call
+from qjax.compile.stages import show_call
+from qjax.passes.jaxpr.listing import Listing
 from qjax.passes.jaxpr.trace import path_name
 from qjax.passes.plan.decisions import Plan
 from qjax.recipes import Recipe
@@ -57,6 +59,11 @@ class QuantizedFunction:
         """Every parameter with its format, or why it stays float; arguments as for `apply`."""
         own, ranges = self._split(params)
         return plan_call(self._call(own, args, kwargs), self.recipe, take_ranges(ranges)[1].known)
+
+    def show(self, params: Variables, *args: Any, after: str, **kwargs: Any) -> Listing:
+        """The program as it is after a pass; `after` as for `QuantizedLinen.show`, the rest as for `apply`."""
+        own, ranges = self._split(params)
+        return show_call(self._call(own, args, kwargs), self.recipe, take_ranges(ranges)[1], after)
 
     def convert(
         self, params: Variables, *args: Any, calibration: Iterable[Any] | None = None, **kwargs: Any

@@ -16,6 +16,8 @@ from qjax.compile.convert import convert_call
 from qjax.compile.plan import plan_call
 from qjax.compile.ranges import KEPT, flatten, kept_after, param_paths, ranges_of, take_ranges
 from qjax.compile.run import run_call
+from qjax.compile.stages import show_call
+from qjax.passes.jaxpr.listing import Listing
 from qjax.passes.jaxpr.trace import path_name
 from qjax.passes.plan.decisions import Plan
 from qjax.recipes import Recipe
@@ -131,6 +133,32 @@ class QuantizedLinen:
         how = {"rngs": rngs, "method": method, "mutable": mutable}
         own, ranges = take_ranges(variables)
         return plan_call(self._call(own, args, kwargs, how), self.recipe, ranges.known)
+
+    def show(
+        self,
+        variables: Variables,
+        *args: Any,
+        after: str,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
+    ) -> Listing:
+        """The program as it is after a pass: print it, or `diff` it against another one.
+
+        Args:
+            variables: float variables; for "lower", packed ones too.
+            after: "trace" (the model's own program), "fold_batch_norm", "observe" (what calibration runs), "fake_quant"
+                (what training runs) or "lower" (what serving runs).
+            args, rngs, method, mutable, kwargs: as for `apply`; only shapes and dtypes matter.
+
+        Raises:
+            ValueError: there is no such pass.
+        """
+        self._check(variables)
+        how = {"rngs": rngs, "method": method, "mutable": mutable}
+        own, ranges = take_ranges(variables)
+        return show_call(self._call(own, args, kwargs, how), self.recipe, ranges, after)
 
     def convert(
         self,

@@ -15,6 +15,8 @@ from qjax.compile.convert import convert_call
 from qjax.compile.plan import plan_call
 from qjax.compile.ranges import KEPT, LEARNED, STEP, Flat, flatten, kept_after, nest, ranges_of, take_ranges
 from qjax.compile.run import run_call
+from qjax.compile.stages import show_call
+from qjax.passes.jaxpr.listing import Listing
 from qjax.passes.jaxpr.trace import path_name
 from qjax.passes.plan.decisions import Plan
 from qjax.recipes import Recipe
@@ -154,6 +156,11 @@ class QuantizedNNX(nnx.Module):
         """Every parameter with its format, or why it stays float; arguments as for a call."""
         known = take_ranges(self.ranges.collections())[1].known
         return plan_call(self._call(args, kwargs, method)[0], self.recipe, known)
+
+    def show(self, *args: Any, after: str, method: Any = None, **kwargs: Any) -> Listing:
+        """The program as it is after a pass; `after` as for `QuantizedLinen.show`, the rest as for a call."""
+        ranges = take_ranges(self.ranges.collections())[1]
+        return show_call(self._call(args, kwargs, method)[0], self.recipe, ranges, after)
 
     def convert(
         self, *args: Any, calibration: Iterable[Any] | None = None, method: Any = None, **kwargs: Any
