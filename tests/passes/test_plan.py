@@ -132,8 +132,6 @@ def test_strict_can_refuse_a_product_that_falls_back(params):
         with pytest.raises(qjax.PlanError, match="without the kernels of 'tpu'"):
             jax.eval_shape(q, packed, X)
         qjax.quantize(mlp, qjax.int4(group=128, scale=qjax.AbsMax()), strict="kernels").plan(params, X)
-    with pytest.raises(ValueError, match="strict='all' is True, False or 'kernels'"):
-        qjax.quantize(mlp, "int4", strict="all")
 
 
 def test_ranges_that_are_not_calibrated_yet_do_not_stand_in_the_way(params):
