@@ -246,10 +246,10 @@ def histogram(x: np.ndarray, spec: qjax.ActSpec) -> statistic.Statistic:
 def test_percentile_is_that_of_the_values(zero_point: bool):
     x = np.sort(RNG.standard_t(3, 20_000).astype(np.float32))  # sorted: later batches widen the histogram
     spec = qjax.static(observer=qjax.Percentile(99.0), zero_point=zero_point)
-    statistic = histogram(x, spec)
-    assert float(jnp.sum(statistic.counts)) == x.size
-    low, high = ranges.extremes(statistic, spec)
-    width = float(statistic.limit) / statistic.BINS
+    seen = histogram(x, spec)
+    assert float(jnp.sum(seen.counts)) == x.size
+    low, high = ranges.extremes(seen, spec)
+    width = float(seen.limit) / statistic.BINS
     expected = np.percentile(x, [0.5, 99.5]) if zero_point else np.percentile(np.abs(x), 99.0) * np.asarray([-1, 1])
     np.testing.assert_allclose([low, high], expected, atol=1.5 * width)
 
