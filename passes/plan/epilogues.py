@@ -78,24 +78,29 @@ class _Body:
         self.taken: set[int] = set()
 
     def fusions(self) -> list[Fusion]:
-        pairs = [pair for pair in itertools.combinations(self.dots, 2) if self.are_alike(*pair)]
         found = []
+        by_input: dict[int, list[int]] = collections.defaultdict(list)  # pairs have one: all pairs would be too many
+        for i, dot in self.dots.items():
+            if not isinstance(dot.site.input, str):
+                by_input[dot.site.input.flow].append(i)
+        order = {i: place for place, i in enumerate(self.dots)}
+        pairs = (pair for dots in by_input.values() for pair in itertools.combinations(dots, 2))
+        pairs = sorted(filter(self.are_alike, pairs), key=lambda pair: [order[i] for i in pair])
         for dots in (*pairs, *((dot,) for dot in self.dots)):
             if not self.taken.intersection(dots) and (fusion := self.grow(dots)) is not None:
                 self.taken.update(fusion.equations)
                 found.append(fusion)
         return sorted(found, key=lambda fusion: fusion.equations)
 
-    def are_alike(self, one: int, other: int) -> bool:
-        """Whether two dots multiply one input with weights that are packed alike."""
+    def are_alike(self, pair: tuple[int, int]) -> bool:
+        """Whether two dots of one input multiply it with weights that are packed alike."""
+        one, other = pair
         a, b = self.dots[one], self.dots[other]
-        x, y = a.site.input, b.site.input
-        same_input = not isinstance(x, str) and not isinstance(y, str) and x.flow == y.flow
         quantized = [q and decisions.key_of(q, q.inputs[0]) for q in (a.quantized, b.quantized)]
         packed = [(dot.entry.spec, dot.entry.layout, dot.entry.order) for dot in (a, b)]
         read = [(dot.site.view.axes, dot.site.view.casts, len(dot.site.view.indexed)) for dot in (a, b)]
         same = all(one == other for one, other in (quantized, packed, read))
-        return same_input and same and self.eqns[one].params == self.eqns[other].params
+        return same and self.eqns[one].params == self.eqns[other].params
 
     def grow(self, dots: tuple[int, ...]) -> Fusion | None:
         """The longest region after these dots that ends in one value."""
