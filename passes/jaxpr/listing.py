@@ -151,10 +151,9 @@ class _Writer:
 _FUNCTIONS = {prims.jit_p, prims.custom_jvp_call_p, prims.custom_vjp_call_p}
 _MATMULS = {prims.dot_general_p, prims.conv_general_dilated_p, control_flow.ragged_dot_general_p}
 # Parameters that the types of operands and results say, or that say nothing about what is computed.
-_SILENT = frozenset(
-    "axis_size dimension_numbers dtype linear name new_dtype new_sizes num_carry num_consts out_dtype "
-    "preferred_element_type shape shapes unroll weak_type".split()
-)
+_SILENT = {"axis_size", "dimension_numbers", "dtype", "linear", "name", "new_dtype", "new_sizes"} | {
+    *("num_carry", "num_consts", "out_dtype", "preferred_element_type", "shape", "shapes", "unroll", "weak_type")
+}
 
 
 def _open(jaxpr: Any) -> Any:
