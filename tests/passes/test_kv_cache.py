@@ -556,9 +556,9 @@ def decoder() -> tuple[Any, Any]:
 def numpy_decoder(params: Any, cache: Any = None) -> list[np.ndarray]:
     """Logits of each step, in float64: with a float cache, or with the entries that a model left in its packed one.
 
-    Where a value lies between two codes up to the last bits of a sum (half of the largest entries of vectors do), another
-    order of summation takes the other code. So NumPy goes on with the codes of the model, after it has checked that
-    each is a nearest one to the value that it has there itself.
+    Where a value lies between two codes up to the last bits of a sum (a vector's largest does, if it is negative),
+    another order of summation takes the other code. So NumPy goes on with the codes of the model, after it has checked
+    that each is a nearest one to the value that it has there itself.
     """
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     own = [{name: tree["kernel"][i] for name, tree in p["layers"].items()} for i in range(LAYERS)]
