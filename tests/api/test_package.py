@@ -1,4 +1,4 @@
-"""What a user installs and imports: the names in the wheel, the names of `qjax`, and that each comes when it is used."""
+"""What a user installs and imports: what is in the wheel, the names of `qjax`, and that each comes when it is used."""
 
 from __future__ import annotations
 
