@@ -14,7 +14,7 @@ ensure_environment() {
       echo "Making $venv ..."
       "${QJAX_PYTHON:-python3}" -m venv "$venv"
     fi
-    echo "Installing qjax[$extras] ..."
+    echo "Installing qjax-compiler[$extras] ..."
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root[$extras]"
     touch "$stamp"
   fi

@@ -138,9 +138,8 @@ def test_kernels_need_no_flax():
 
 
 def test_public_names_exist_and_are_documented():
-    public = [name for name in vars(qjax) if not name.startswith("_")]
-    assert {"quantize", "Rule", "save", "restore", "int4", "nf4", "QTensor", "Plan"} <= set(public)
-    for name in public:
+    assert {"quantize", "Rule", "save", "restore", "int4", "nf4", "QTensor", "Plan"} <= set(qjax.__all__)
+    for name in qjax.__all__:
         value = getattr(qjax, name)
         if callable(value):
             assert value.__doc__, name

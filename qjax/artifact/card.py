@@ -20,7 +20,7 @@ from qjax.report.compare import Comparison
 _CARD = """\
 # {name}
 
-A model packed by [qjax](https://pypi.org/project/qjax/) {qjax} and exported by JAX {jax} for {platforms}.
+A model packed by [qjax](https://pypi.org/project/qjax-compiler/) {qjax} and exported by JAX {jax} for {platforms}.
 
 ## Run
 

@@ -93,7 +93,7 @@ def library_versions(*names: str) -> dict[str, str]:
     versions = {}
     for name in ("qjax", "jax", *names):
         try:
-            versions[name] = version(name)
+            versions[name] = version("qjax-compiler" if name == "qjax" else name)
         except PackageNotFoundError:
             versions[name] = "source"
     return versions

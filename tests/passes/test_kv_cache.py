@@ -553,29 +553,42 @@ def decoder() -> tuple[Any, Any]:
     return module, {"params": variables["params"], "cache": cache}
 
 
-def numpy_decoder(params: Any, bits: int | None) -> list[np.ndarray]:
-    """Logits of each step, in float64, with the cache quantized as the formulas say (or not)."""
+def numpy_decoder(params: Any, cache: Any = None) -> list[np.ndarray]:
+    """Logits of each step, in float64: with a float cache, or with the entries that a model left in its packed one.
+
+    Where a value lies between two codes up to the last bits of a sum (a vector's largest does, if it is negative),
+    another order of summation takes the other code. So NumPy goes on with the codes of the model, after it has checked
+    that each is a nearest one to the value that it has there itself.
+    """
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     own = [{name: tree["kernel"][i] for name, tree in p["layers"].items()} for i in range(LAYERS)]
-    caches = np.zeros((LAYERS, 2, 2, LENGTH, KV_HEADS, HEAD))
+    packed = {} if cache is None else {kind: cache["layers"][kind] for kind in ("keys", "values")}
+    codes, stored = ({kind: read(packed[kind]) for kind in packed} for read in (unpacked, value))
+    caches = {kind: np.zeros((LAYERS, 2, LENGTH, KV_HEADS, HEAD)) for kind in ("keys", "values")}
 
-    def stored(x: np.ndarray) -> np.ndarray:
-        if bits is None:
+    def entry(kind: str, layer: int, step: int, x: np.ndarray) -> np.ndarray:
+        if cache is None:
             return x
-        codes, scale, _ = simulated(x, bits)
-        return codes * scale.astype(np.float64)
+        at = (layer, slice(None), step)
+        scale = np.asarray(packed[kind].scale, np.float64)[at][..., None]
+        steps = (2 ** packed[kind].spec.format.bits - 1) / 2
+        np.testing.assert_allclose(scale, np.abs(x).max(-1, keepdims=True) / steps, rtol=1e-5)
+        np.testing.assert_allclose(codes[kind][at], x / scale, rtol=0, atol=0.5 + 1e-3)
+        return stored[kind][at]
 
     logits = []
     for step in range(TOKENS.shape[1]):
         x = p["embed"]["embedding"][TOKENS[:, step]]  # [B, DIM]
         for layer, weights in enumerate(own):
             q, k, v = (np.einsum("bi,ihd->bhd", x, weights[name]) for name in "qkv")
-            caches[layer, 0, :, step], caches[layer, 1, :, step] = stored(k), stored(v)
+            for kind, new in (("keys", k), ("values", v)):
+                caches[kind][layer, :, step] = entry(kind, layer, step, new)
+            keys, values = (caches[kind][layer, :, : step + 1] for kind in ("keys", "values"))
             groups = q.reshape(2, KV_HEADS, -1, HEAD)
-            scores = np.einsum("bkgd,bskd->bkgs", groups, caches[layer, 0][:, : step + 1]) / np.sqrt(HEAD)
+            scores = np.einsum("bkgd,bskd->bkgs", groups, keys) / np.sqrt(HEAD)
             weight = np.exp(scores - scores.max(-1, keepdims=True))
             weight /= weight.sum(-1, keepdims=True)
-            out = np.einsum("bkgs,bskd->bkgd", weight, caches[layer, 1][:, : step + 1]).reshape(q.shape)
+            out = np.einsum("bkgs,bskd->bkgd", weight, values).reshape(q.shape)
             x = x + np.einsum("bhd,hdo->bo", out, weights["out"])
         logits.append(x @ p["head"]["kernel"])
     return logits
@@ -607,7 +620,7 @@ def test_scanned_layers_decode_as_numpy_does(decoder, name: str):
     packed = q.convert(variables, TOKENS[:, :1], mutable=["cache"])
     logits, caches = decode(q, packed)
     bits = SPECS[name].format.bits
-    reference, exact = numpy_decoder(variables["params"], None), numpy_decoder(variables["params"], bits)
+    reference, exact = numpy_decoder(variables["params"]), numpy_decoder(variables["params"], caches[-1])
     for got, want in zip(logits, exact, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     error = max(np.abs(a - b).max() for a, b in zip(logits, reference, strict=True))
@@ -678,14 +691,18 @@ def test_compiled_step_has_no_float_cache_among_its_inputs_and_outputs(decoder):
 
 
 def test_prefill_of_several_tokens_fills_the_same_cache(decoder):
-    """The prompt at once: another program, the same leaves."""
+    """The prompt at once: another program, the same leaves, which NumPy has token by token."""
     module, variables = decoder
     q = qjax.quantize(module, KEEP, kv_cache="int8")
     packed = q.convert(variables, TOKENS[:, :1], mutable=["cache"])
-    _, caches = decode(q, packed)
-    _, updated = jax.jit(partial(q.apply, mutable=["cache"]))(packed, TOKENS)
-    for a, b in zip(jax.tree.leaves(updated["cache"]), jax.tree.leaves(caches[-1]), strict=True):
-        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(np.float32), atol=1 if a.dtype == jnp.int8 else 1e-5)
+    logits, updated = jax.jit(partial(q.apply, mutable=["cache"]))(packed, TOKENS)
+    assert jax.tree.structure(updated["cache"]) == jax.tree.structure(packed["cache"])
+    assert updated["cache"]["layers"]["index"].tolist() == [TOKENS.shape[1]] * LAYERS
+    want = np.stack(numpy_decoder(variables["params"], updated["cache"]), axis=1)
+    np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4)
+    for kind in ("keys", "values"):
+        for a in jax.tree.leaves(updated["cache"]["layers"][kind]):
+            assert not np.asarray(a)[:, :, TOKENS.shape[1] :].any()  # the tail is untouched
 
 
 def test_a_generation_loop_carries_the_packed_cache(decoder):
@@ -703,7 +720,7 @@ def test_a_generation_loop_carries_the_packed_cache(decoder):
 
     cache, logits = generate(packed["params"], packed["cache"], TOKENS)
     assert isinstance(cache["layers"]["keys"], QCache)
-    np.testing.assert_allclose(logits, numpy_decoder(variables["params"], 4), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits, numpy_decoder(variables["params"], cache), rtol=1e-4, atol=1e-4)
 
 
 def test_packed_weights_inputs_and_caches_together(decoder):
@@ -717,7 +734,7 @@ def test_packed_weights_inputs_and_caches_together(decoder):
     plan = q.plan(variables, TOKENS[:, :1], mutable=["cache"])
     assert plan.caches["cache/layers/values"].reason == "kept float by '**'"
     logits, caches = decode(q, packed)
-    reference = numpy_decoder(variables["params"], None)
+    reference = numpy_decoder(variables["params"])
     assert max(np.abs(a - b).max() for a, b in zip(logits, reference, strict=True)) < 0.2
     assert isinstance(caches[-1]["layers"]["values"], np.ndarray)
 
