@@ -12,7 +12,7 @@ So of a cache `[batch, position, head, dim]` the kernel reads
     shorter ones, and all packed words     [batch, head, dim, position]
     scales and zero points                 [batch, head, position]
 
-In the last two, positions fill lanes. Packed words, which lie along the vector, become codes by a bitcast (`tile_tpu`),
+In the last two, positions fill lanes. Packed words, which lie along the vector, become codes by a bitcast (`tpu_tile`),
 and the tile is the matrix that queries are multiplied by. In the first, a 32-bit lane has codes of four heads, and each
 head takes its byte out of every lane. Where a program needs another order, and of 4 heads of more than 128 values, XLA
 copies the codes before the kernel; keys that a program repeats for the queries that share them, it repeats in memory.

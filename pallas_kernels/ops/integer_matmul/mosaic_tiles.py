@@ -71,7 +71,7 @@ def default_blocks(m: int, w: QTensor, *, ones: int = 0, batch: int = 1, beside:
             return (
                 weights * 2 * (blocks.m + ones),  # a product of 64 x 128 with 8 rows takes 16 clocks
                 unpacking * max(1.0, 4 / blocks.warpgroups) + scaling,  # with fewer, nothing runs while one waits
-                blocks.ways * _TURN if blocks.ways > 1 else 0,
+                float(blocks.ways * _TURN if blocks.ways > 1 else 0),
                 words / MEMORY_BYTES * share,
                 (words + min(m, blocks.m) * blocks.k) / CACHE_BYTES,
             )
