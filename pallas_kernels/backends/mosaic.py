@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int32
+from jaxtyping import Array
+
+from qjax.pallas_kernels.chips import gpu as gpu_chips
 
 WGMMA_ROWS = 64  # of a result of `wgmma`: columns of the weight that one warpgroup multiplies
 
 SMEM_BYTES = 227 * 1024  # bytes of shared memory that a block may have
 
 _TILE_ROWS = 8  # TMA writes tiles of so many rows, which have to cut an array, unless it has fewer, without a rest
-
-# NVIDIA H100 SXM, in clocks of 1.75 GHz: bytes that a multiprocessor gets of 3.35 TB/s, of which copies reach nine
-# tenths, and of about twice that from the cache.
-MEMORY_BYTES, CACHE_BYTES = 13.0, 26.0
-
-# Guesses: clocks to fill the ring and to write a tile; clocks of the kernel that adds up splits; how much of what runs
-# beside the slowest part of a step it delays.
-TILE_CLOCKS, LAUNCH_CLOCKS, DELAY = 2000, 3500, 0.25
 
 
 def load(ref: Any, layout: Any, *, optimized: bool) -> Array:
@@ -73,6 +67,42 @@ def place(columns: int, ways: int) -> tuple[Any, Any]:
     return (warpgroup, 0) if ways == 1 else (lax.rem(warpgroup, columns), lax.div(warpgroup, columns))
 
 
-def next_stage(stage: Int32[Array, ""], stages: int) -> Int32[Array, ""]:
-    """The one that follows in a ring of so many."""
-    return jnp.where(stage == stages - 1, 0, stage + 1)
+def launch(
+    kernel: Callable[..., None],
+    operands: Sequence[Array],
+    *,
+    out_type: Any,
+    units: int,
+    warpgroups: int,
+    scratch: dict[str, Any],
+    name: str,
+    interpret: bool,
+) -> list[Array]:
+    """Runs a kernel of as many blocks as the chip has multiprocessors, if there is work for them.
+
+    Args:
+        kernel: of one warpgroup, from references to operands and results, and scratch by name.
+        operands: in global memory.
+        out_type: of the results.
+        units: tiles of the results, which blocks take one after the other.
+        warpgroups: those that multiply; one more copies.
+        scratch: shared memory and barriers of a block, by name.
+        name: of the kernel.
+        interpret: runs it as XLA operations, on any platform; jax 0.11 or newer.
+    """
+    run = plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(min(units, gpu_chips.processors()),),
+        grid_names=("block",),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # what is shared has barriers of its own
+        ),
+        interpret=interpreter() if interpret else None,
+        kernel_name=name,
+    )
+    return list(run(*operands))

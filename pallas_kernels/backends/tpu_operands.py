@@ -1,18 +1,106 @@
-"""What TPU kernels take beside their weight, and the dtypes that they compute in."""
+"""Operands of TPU kernels: packed weights and their windows, what else is read, and the dtypes that are computed in."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
+from qjax.pallas_kernels.backends import tpu_tile
 from qjax.pallas_kernels.backends.epilogue import Epilogue
+from qjax.pallas_kernels.numbers import stored_scales
+from qjax.pallas_kernels.packed.qtensor import QTensor, layer_index
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The arrays of a weight as a kernel reads them: `(layers, stack, _, _)`, nothing sliced out of a stack.
+
+    Attributes:
+        layers: index of the layer of the words, and of that of the scales.
+        words: in the order of the product.
+        scales: in order "kn".
+    """
+
+    layers: Int[Array, " 2"]
+    words: Int[Array, "L B _ _"]
+    scales: stored_scales.Scales
+
+    @staticmethod
+    def of(w: QTensor, layer: Int[Array, ""] | int | None, stack: int, order: str) -> Packed:
+        """From a weight with so many axes of a stack."""
+        layers = 1 if layer is None else w.words.shape[0]
+        index = layer_index(0 if layer is None else layer, layers)
+        words, scales = w.matrix_arrays()
+        index_of_scales = index
+        if layer is not None and (w.spec.double_quant or scales.values.dtype == jnp.float16):
+            # they are converted: those of one layer, not of all
+            scales = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, 0), scales)
+            index_of_scales = jnp.zeros_like(index)
+        words, scales = jax.tree.map(
+            lambda a: no_float16(a).reshape(-1, math.prod(a.shape[-2 - stack : -2]), *a.shape[-2:]),
+            (words if order == "kn" else w.words, stored_scales.plain_scales(scales)),
+        )
+        return Packed(jnp.stack([index, index_of_scales]), words, scales)
+
+    @property
+    def small(self) -> list[Array]:
+        """Scales, and zero points if there are any."""
+        return [a for a in (self.scales.values, self.scales.zero) if a is not None]
+
+    @property
+    def by_column(self) -> bool:
+        """Whether scales differ along N; else there is one for the whole matrix."""
+        return self.scales.values.shape[-1] > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """What a kernel holds of its packed weights at a step of its grid.
+
+    Attributes:
+        words: those along K, one operand each.
+        order: of the words, "kn" or "nk".
+        n: columns of a tile.
+        at: from the indices of a step and what is prefetched to `Packed.layers` of all weights, one after the other,
+            the index of the matrix, and those of the tile along K and along N.
+    """
+
+    words: Sequence[tpu_tile.Window]
+    order: str
+    n: int
+    at: Callable[..., tuple[Any, Any, Any, Any]]
+
+    def of_words(self, number: int) -> list[pl.BlockSpec]:
+        """Those of the words of a weight."""
+
+        def window(part: tpu_tile.Window) -> pl.BlockSpec:
+            def index(*step: Any) -> tuple[Any, ...]:
+                layers, matrix, k, n = self.at(*step)
+                layer, along = layers[2 * number], part.first + part.step * k
+                return (layer, matrix, *((n, along) if self.order == "nk" else (along, n)))
+
+            shape = (self.n, part.rows) if self.order == "nk" else (part.rows, self.n)
+            return pl.BlockSpec((None, None, *shape), index)
+
+        return [window(part) for part in self.words]
+
+    def of_small(self, number: int, w: Packed) -> list[pl.BlockSpec]:
+        """Those of the scales and zero points of a weight: of all groups of the columns."""
+
+        def index(*step: Any) -> tuple[Any, ...]:
+            layers, matrix, _, n = self.at(*step)
+            return (layers[2 * number + 1], matrix, 0, n if w.by_column else 0)
+
+        columns = self.n if w.by_column else 1
+        return [pl.BlockSpec((None, None, a.shape[-2], columns), index) for a in w.small]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,11 @@ _SIGNED = {2: jnp.int2, 4: jnp.int4, 8: jnp.int8}
 _UNSIGNED = {4: jnp.uint4, 8: jnp.uint8, 16: jnp.uint16}
 
 
+def round_up(size: int, unit: int) -> int:
+    """The next multiple of `unit`."""
+    return -(-size // unit) * unit
+
+
 @dataclasses.dataclass(frozen=True)
 class Window:
     """The rows of the packed words that one operand of a kernel holds for tile i along K.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
 
 from qjax.pallas_kernels.chips import gpu as gpu_chips
@@ -18,11 +21,74 @@ pltriton: Any
 try:
     from jax.experimental.pallas import triton as pltriton
 except ImportError:
-    pltriton = None
+    pltriton = None  # a backend that every other platform can do without
 
-pltriton: Any
 
-pltriton: Any
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a product is cut; powers of two, but `splits`.
+
+    Attributes:
+        m: rows of x in a tile, at least 16.
+        n: columns of the weight in a tile, at least 16.
+        k: how much of K is in a tile, at least 32; the size of a group is a multiple of it.
+        splits: parts that what is contracted is cut into, for different programs; 1 for integers in groups.
+        warps: of a program.
+        stages: tiles that are loaded ahead.
+    """
+
+    m: int
+    n: int
+    k: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def splits_of(contracted: int, step: int, tiles: int) -> int:
+    """Parts to cut what is contracted into, where there are so many tiles: enough for each multiprocessor of an A100.
+
+    Args:
+        contracted: size of the axis.
+        step: of its tiles.
+        tiles: of the results.
+    """
+    return max(1, min(2 * gpu_chips.CHIPS["a100"].processors // tiles, pl.cdiv(contracted, 8 * step), 16))
+
+
+def launch(
+    kernel: Callable[..., None],
+    operands: Sequence[Array],
+    *,
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    blocks: Any,
+    name: str,
+    interpret: bool,
+) -> list[Array]:
+    """Runs a kernel that loads and stores what it wants of operands and results in global memory.
+
+    Args:
+        kernel: of one program, from references to operands and results.
+        operands: in global memory.
+        out_shape: of the results.
+        grid: of programs.
+        blocks: anything with `warps` and `stages` of a program.
+        name: of the kernel.
+        interpret: runs it as XLA operations, on any platform.
+    """
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    out = pl.pallas_call(
+        kernel,
+        out_shape=out_shape,
+        grid=grid,
+        in_specs=[anywhere] * len(operands),
+        out_specs=[anywhere] * len(out_shape),
+        compiler_params=pltriton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        name=name,
+        interpret=interpret,
+    )(*operands)
+    return list(out)
 
 
 def unavailable() -> str | None:
@@ -32,8 +98,6 @@ def unavailable() -> str | None:
         return 'kernels for GPU, which none has run yet, are used in target_chip("h100") only'
     if chip.capability < 80:
         return "the kernels are for GPUs of compute capability 8.0 and later"
-    pass  # a backend that every other platform can do without
-
     if pltriton is None:
         return "this version of JAX has no Triton"
     if not finds_device():

@@ -561,7 +561,7 @@ def sweep(dry: bool, k: int, n: int, m: int, weight: str, most: int) -> dict[str
     import numpy as np
 
     from qjax.pallas_kernels.chips import table
-    from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+    from qjax.pallas_kernels.ops.matmul import mosaic_tiles
 
     k, n, m = small(k, n, m, dry)
     format, group = WEIGHTS[weight]
@@ -569,7 +569,7 @@ def sweep(dry: bool, k: int, n: int, m: int, weight: str, most: int) -> dict[str
     x = jax.random.normal(jax.random.key(int.from_bytes(os.urandom(3), "little")), (m, k), jnp.bfloat16)
     w = random_weight(format, group, k, n, copies_of(k, n, bits))
     spoiled = spoiled_tiles(weight)
-    ranked = matmul_mosaic.ranked(m, k, n, bits, out_dtype=jnp.bfloat16)
+    ranked = mosaic_tiles.ranked(m, k, n, bits, out_dtype=jnp.bfloat16)
     ranked = [blocks for blocks in ranked if (blocks.m, blocks.n, blocks.k, blocks.ways) not in spoiled]
     # The best ones, and the best of each shape: the order among shapes is what is least certain.
     shapes: dict[Any, Any] = {}

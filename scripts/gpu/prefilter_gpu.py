@@ -28,6 +28,7 @@ from rich.progress import track
 from qjax.pallas_kernels.chips.gpu import ROWS
 from qjax.pallas_kernels.numbers.formats import FORMATS
 from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+from qjax.pallas_kernels.ops.matmul import mosaic_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "benchmarks" / "gpu_tiles.json"
@@ -43,7 +44,7 @@ def tiles(bits: int) -> list[matmul_mosaic.Blocks]:
     """One of each kind for all numbers of rows that the table of tiles tells apart."""
     found: dict[Any, matmul_mosaic.Blocks] = {}
     for m in ROWS:
-        for blocks in matmul_mosaic.candidates(m, K, N, bits):
+        for blocks in mosaic_tiles.candidates(m, K, N, bits):
             found.setdefault(tuple(getattr(blocks, name) for name in TILE), dataclasses.replace(blocks, splits=1))
     return list(found.values())
 

@@ -23,10 +23,12 @@ from test_matmul_gpu import interprets, run_apart
 import qjax
 from qjax.pallas_kernels.backends import gpu_operands, triton
 from qjax.pallas_kernels.backends.epilogue import Constant, Epilogue, Step
+from qjax.pallas_kernels.backends.mosaic_epilogue import Beside
 from qjax.pallas_kernels.chips import gpu as gpu_chips
 from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
 from qjax.pallas_kernels.ops.matmul import gpu as matmul_gpu
 from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+from qjax.pallas_kernels.ops.matmul import mosaic_tiles
 from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
 from qjax.pallas_kernels.packed.layout import Layout
 from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
@@ -252,13 +254,13 @@ def test_joint_products_have_the_bits_of_each_alone(mosaic: list[Any]):
 
 
 def test_tiles_of_a_pair_leave_room_for_both_sums():
-    pair = matmul_mosaic.Beside(2, ((True, True, BF16),))
+    pair = Beside(2, ((True, True, BF16),))
     for m in (1, 16, 64, 256, 2048):
-        for blocks in matmul_mosaic.candidates(m, 4096, 14336, 4, beside=pair):
-            matmul_mosaic._check(blocks, 14336, 4, F32, pair)
+        for blocks in mosaic_tiles.candidates(m, 4096, 14336, 4, beside=pair):
+            mosaic_tiles.check(blocks, 14336, 4, F32, pair)
             assert 2 * 64 * blocks.m * 4 / 128 + 64 <= 4 * (255 if blocks.warpgroups <= 2 else 104)
     with pytest.raises(ValueError, match="at most 128"):
-        matmul_mosaic._check(G(136, 64, 128, 1, 2, 1), 64, 4, F32, pair)
+        mosaic_tiles.check(G(136, 64, 128, 1, 2, 1), 64, 4, F32, pair)
 
 
 def _gated(p: Any, x: Any) -> Any:

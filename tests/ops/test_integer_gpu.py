@@ -28,6 +28,7 @@ from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, Per
 from qjax.pallas_kernels.ops.integer_matmul import gpu as integer_matmul_gpu
 from qjax.pallas_kernels.ops.integer_matmul import gpu_operands as integer_matmul_gpu_operands
 from qjax.pallas_kernels.ops.integer_matmul import mosaic as integer_matmul_mosaic
+from qjax.pallas_kernels.ops.integer_matmul import mosaic_tiles
 from qjax.pallas_kernels.ops.integer_matmul import triton as integer_matmul_triton
 from qjax.pallas_kernels.packed.layout import Layout
 from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
@@ -194,10 +195,10 @@ def test_candidates_fit(bits: int, granularity: Any, ones: int):
     for k, n in ((64, 64), (4096, 4096), (8192, 57344)):
         w = shapes(bits, granularity, k, n)
         for m in (1, 64, 100, 3000):
-            found = integer_matmul_mosaic.candidates(m, w, ones=ones)
+            found = mosaic_tiles.candidates(m, w, ones=ones)
             assert integer_matmul_mosaic.default_blocks(m, w, ones=ones) in found
             for blocks in found:
-                integer_matmul_mosaic._check(blocks, w, ones)
+                mosaic_tiles.check(blocks, w, ones)
                 # Sums of integers, and of groups, in registers: 64 columns by a warpgroup of 128 threads.
                 sums = (blocks.m + ones + (0 if w.group_size == k else blocks.m)) * 64 // 128
                 assert sums <= (64 if blocks.warpgroups > 2 else 128)

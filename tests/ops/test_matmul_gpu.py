@@ -27,6 +27,7 @@ from qjax.pallas_kernels.chips import gpu as gpu_chips
 from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
 from qjax.pallas_kernels.ops.matmul import gpu as matmul_gpu
 from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+from qjax.pallas_kernels.ops.matmul import mosaic_tiles
 from qjax.pallas_kernels.ops.matmul import reference as matmul_reference
 from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
 from qjax.pallas_kernels.packed.layout import Layout
@@ -182,10 +183,10 @@ def test_tiles_that_do_not_fit_are_an_error(blocks: Any, message: str):
 @pytest.mark.parametrize(("k", "n"), [(64, 64), (4096, 4096), (14336, 4096), (8192, 57344)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_candidates_fit(bits: int, k: int, n: int, m: int):
-    found = matmul_mosaic.candidates(m, k, n, bits)
+    found = mosaic_tiles.candidates(m, k, n, bits)
     assert matmul_mosaic.default_blocks(m, k, n, bits) in found
     for blocks in found:
-        matmul_mosaic._check(blocks, n, bits, F32)
+        mosaic_tiles.check(blocks, n, bits, F32)
         assert 64 * blocks.m * 4 / 128 + 64 <= 4 * (255 if blocks.warpgroups <= 2 else 104)  # sums in registers
 
 

@@ -1,7 +1,7 @@
 """`cache_attention` on TPU: one pass over keys and values, with a running maximum and sum (flash decoding).
 
 Milakov and Gimelshein 2018 (arXiv:1805.02867), Dao et al. 2022 (arXiv:2205.14135). The grid, the windows and how codes
-are read are those of `cache_dot_tpu`; a step has the keys and the values of all heads at some positions. Scores, their
+are read are those of `cache_dot.tpu`; a step has the keys and the values of all heads at some positions. Scores, their
 exponentials and all sums are float32. A probability is rounded to the dtype of the product, times the scale of its
 value, before it is divided by the sum of all.
 """
@@ -186,7 +186,7 @@ def _call(
     out_dtype: Any,
     interpret: bool,
 ) -> Float[Array, "B H M D2"]:
-    """Attention of each sequence; operands as `cache_dot_tpu` arranges them.
+    """Attention of each sequence; operands as `cache_dot.tpu` arranges them.
 
     Args:
         attend: what is computed.
@@ -252,7 +252,7 @@ def _kernel(attend: _Attend, _: Any, q_ref: Any, *refs: Any) -> None:
         attend: what is computed.
         q_ref: a tile of queries.
         refs: codes, scales, zero points of the keys, then of the values; the mask; the result; maxima and sums of
-            exponentials, the same in all lanes; the sums of values; copies for `cache_dot_tpu.read`.
+            exponentials, the same in all lanes; the sums of values; copies for `cache_dot.tpu.read`.
     """
     view, of_values = attend.views
     left = iter(refs)

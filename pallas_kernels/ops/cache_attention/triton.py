@@ -17,10 +17,10 @@ codes is bfloat16 where the program has bfloat16. A wider number is a sum of two
 JAX's default for float32 on these chips, has 11), or of three, which is all of it, where the program asks for more
 precision than the default.
 
-**On a GPU it has not run yet**, only interpreted on CPU and compiled; `matmul_gpu` says what follows from that, and
-`matmul_triton` what there is to know about Triton. For H100 a warp has 865 instructions for 64 positions of int8 caches
-and 967 of int4 ones, with 4 queries and vectors of 128 values, and spills none of its 96 and 128 registers (what jax
-0.10.2 makes, `scripts/gpu/gpu_compile.py`).
+**On a GPU it has not run yet**, only interpreted on CPU and compiled; `ops.matmul.gpu` says what follows from that,
+and `ops.matmul.triton` what there is to know about Triton. For H100 a warp has 865 instructions for 64 positions of
+int8 caches and 967 of int4 ones, with 4 queries and vectors of 128 values, and spills none of its 96 and 128 registers
+(what jax 0.10.2 makes, `scripts/gpu/gpu_compile.py`).
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class _Side(NamedTuple):
     """A cache as the kernel reads it.
 
     Attributes:
-        view: the product with it, for the functions of `cache_axes`.
+        view: the product with it, for the functions of `cache_dot.axes`.
         batch: its axes of sequences and heads, in the order of `sizes`.
         sizes: of those.
         position, vector: its other axes that are not of size 1.
@@ -307,16 +307,15 @@ def _call(
     blocks, (sequences, m, _), splits = attend.blocks, q.shape, attend.blocks.splits
     operands = [*layers, q, *itertools.chain.from_iterable(map(jax.tree.leaves, stacks)), *masks]
     by_row = jax.ShapeDtypeStruct((splits, sequences, m), jnp.float32)
-    sums, most, total = pl.pallas_call(
+    sums, most, total = triton.launch(
         functools.partial(_kernel, attend),
+        operands,
         out_shape=[jax.ShapeDtypeStruct((*by_row.shape, attend.sides[1].view.d), jnp.float32), by_row, by_row],
         grid=(sequences, pl.cdiv(m, blocks.rows), splits),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(operands),
-        out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 3,
-        compiler_params=pltriton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        blocks=blocks,
         name="cache_attention",
         interpret=interpret,
-    )(*operands)
+    )
     weights = jnp.exp(most - jnp.max(most, axis=0))
     return jnp.sum(sums * weights[..., None], axis=0) / jnp.sum(total * weights, axis=0)[..., None]
 

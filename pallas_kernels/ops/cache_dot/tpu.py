@@ -12,7 +12,7 @@ So of a cache `[batch, position, head, dim]` the kernel reads
     shorter ones, and all packed words     [batch, head, dim, position]
     scales and zero points                 [batch, head, position]
 
-In the last two, positions fill lanes. Packed words, which lie along the vector, become codes by a bitcast (`tile_tpu`),
+In the last two, positions fill lanes. Packed words, which lie along the vector, become codes by a bitcast (`tpu_tile`),
 and the tile is the matrix that queries are multiplied by. In the first, a 32-bit lane has codes of four heads, and each
 head takes its byte out of every lane. Where a program needs another order, and of 4 heads of more than 128 values, XLA
 copies the codes before the kernel; keys that a program repeats for the queries that share them, it repeats in memory.
@@ -43,7 +43,7 @@ from jaxtyping import Array, Float
 
 from qjax.pallas_kernels.backends import tpu_tile
 from qjax.pallas_kernels.backends.tpu_operands import no_float16, operand_dtype
-from qjax.pallas_kernels.backends.tpu_tile import LANES, SUBLANES
+from qjax.pallas_kernels.backends.tpu_tile import LANES, SUBLANES, round_up
 from qjax.pallas_kernels.numbers.formats import Format
 from qjax.pallas_kernels.numbers.packing import WORD_BITS
 from qjax.pallas_kernels.ops.cache_dot.axes import View, restored, rows_of, sides
@@ -172,7 +172,7 @@ def view_of(x: Any, cache: QCache, numbers: Any, operand: int, vmem: int = VMEM)
 def _tiled(view: View, cache: QCache, vmem: int) -> View | None:
     """With the largest tile that fits into VMEM."""
     rows = min(view.m, _MOST_ROWS)
-    most = max(LANES, min(_TILE // (view.heads * view.d), _round_up(view.t, LANES)) // LANES * LANES)
+    most = max(LANES, min(_TILE // (view.heads * view.d), round_up(view.t, LANES)) // LANES * LANES)
     while True:
         for positions in range(most, 0, -LANES):
             tiled = dataclasses.replace(view, rows=rows, positions=_even(view.t, positions))
@@ -180,27 +180,23 @@ def _tiled(view: View, cache: QCache, vmem: int) -> View | None:
                 return tiled
         if rows <= 2 * SUBLANES:
             return None
-        rows = _round_up(rows // 2, 2 * SUBLANES)
+        rows = round_up(rows // 2, 2 * SUBLANES)
 
 
 def _even(size: int, most: int) -> int:
     """The multiple of `LANES` up to `most` with which the last of the tiles that cover `size` is as full as can be."""
-    return _round_up(-(-size // -(-size // most)), LANES)
+    return round_up(-(-size // -(-size // most)), LANES)
 
 
 def _vmem(view: View, cache: QCache) -> int:
     """Bytes of the windows, each of which Pallas holds twice, of the scratch and of the codes of a head."""
-    rows, heads = _round_up(view.rows, SUBLANES), _round_up(view.heads, SUBLANES)
+    rows, heads = round_up(view.rows, SUBLANES), round_up(view.heads, SUBLANES)
     values = view.positions * view.d
     windows = view.heads * values * cache.spec.format.bits // 8
     windows += heads * view.positions * 4 * (1 if cache.zero is None else 2)
     windows += view.heads * rows * (view.positions + view.d) * 4
     copied = view.heads * values if view.form == "heads" and view.d > LANES else 0
     return 2 * windows + view.heads * rows * view.d * 4 + 2 * values * 4 + copied
-
-
-def _round_up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
 
 
 # --- The kernel -----------------------------------------------------------------------------------------------------

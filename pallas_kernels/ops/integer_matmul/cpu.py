@@ -1,4 +1,4 @@
-"""`integer_matmul` on CPU: the same bits as `integer_matmul.matmul_reference`, from the dots that XLA CPU is fast at.
+"""`integer_matmul` on CPU: the same bits as `reference.matmul`, from the dots that XLA CPU is fast at.
 
 XLA CPU has a fast kernel (YNNPACK) for int8 x int8 -> int32 from two rows of x on; with one row, or an operand of
 another type, it widens both matrices to int32 first, which takes ten times as long. So every product here is such a
@@ -11,7 +11,7 @@ scripts/bench/bench_integer.py, results in benchmarks/integer.md):
 * larger ones are unpacked, or picked, block by block, so that codes stay in cache and the weight is never copied as a
   whole: blocks of whole groups along K in order "kn", else blocks of N;
 * not the smallest, in order "kn", one row of x: no dot. The codes of a column are taken from their words in registers,
-  multiplied and added up in int32, as in `matmul_cpu`.
+  multiplied and added up in int32, as in `ops.matmul.cpu`.
 
 Order "nk" is the faster one for 8-bit codes with one scale a column, as the kernel likes to read the codes of a column
 in a row. With groups it is "kn": there a group is a contiguous part of the weight, while in "nk" its rows are shorter
@@ -44,7 +44,7 @@ BLOCK_VALUES = 2**21
 # A stack of small matrices is unpacked as a whole up to this many blocks, and matrix by matrix beyond.
 _STACK_BLOCKS = 8
 
-# Codes of a column that one step of the loop without a dot takes; the reasons are those of `matmul_cpu`.
+# Codes of a column that one step of the loop without a dot takes; the reasons are those of `ops.matmul.cpu`.
 _CODES, _CODES_INT8, _MOST_CODES = 32, 8, 64
 
 # The part of a block from which that loop is the faster one.
@@ -60,7 +60,7 @@ def matmul(
     layer: Int[Array, ""] | int | None,
     out_dtype: Any,
 ) -> Float[Array, "*stack M N"]:
-    """What `integer_matmul.matmul_reference` computes, bit for bit.
+    """What `reference.matmul` computes, bit for bit.
 
     Args:
         x, scale, zero, w, layer, out_dtype: as for `integer_matmul`.

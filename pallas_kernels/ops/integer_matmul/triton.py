@@ -5,10 +5,10 @@ registers, by `mma` into s32. With one scale for a column, all of K is added up 
 few, K is split among programs, and XLA adds up the parts. With groups, each is added up in s32, scaled, and added to a
 float32 sum, in ascending order. Zero points of x need the sums of the columns of the weight: a product with 16 rows of
 ones. Edges are masked, and the layer of a scanned stack is an operand that offsets the loads. Products of one x with
-two weights share its tiles, and epilogues are what they are in `matmul_triton`.
+two weights share its tiles, and epilogues are what they are in `ops.matmul.triton`.
 
-On Hopper this is the kernel for what `integer_matmul_mosaic_gpu` does not take; `matmul_triton` says more on Triton's
-place there and in versions of JAX.
+On Hopper this is the kernel for what `ops.integer_matmul.mosaic` does not take; `ops.matmul.triton` says more on
+Triton's place there and in versions of JAX.
 """
 
 from __future__ import annotations
@@ -28,37 +28,16 @@ from jaxtyping import Array, Float, Int, Int8, Int32
 
 from qjax.pallas_kernels.backends import triton
 from qjax.pallas_kernels.backends.epilogue import Epilogue
-from qjax.pallas_kernels.backends.gpu_operands import layer_operand
-from qjax.pallas_kernels.backends.triton import pltriton
+from qjax.pallas_kernels.backends.triton import Blocks, pltriton
+from qjax.pallas_kernels.backends.triton_operands import Packed, Weight, beside
 from qjax.pallas_kernels.numbers.activations import Activation
 from qjax.pallas_kernels.numbers.exact import finite
-from qjax.pallas_kernels.ops.integer_matmul import gpu_operands as integer_matmul_gpu_operands
+from qjax.pallas_kernels.ops.integer_matmul import gpu_operands
 from qjax.pallas_kernels.ops.integer_matmul.reference import rescale
 from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
-from qjax.pallas_kernels.packed.qtensor import QTensor, layer_index
+from qjax.pallas_kernels.packed.qtensor import QTensor
 
 _ONES = 16  # rows of ones: the least that is multiplied with
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How a product is cut; powers of two, but `splits`.
-
-    Attributes:
-        m: rows of x in a tile, at least 16.
-        n: columns of the weight in a tile, at least 16.
-        k: how much of K is multiplied at a time, at least 32; the size of a group is a multiple of it.
-        splits: parts that K is cut into, for different programs; 1 with groups.
-        warps: of a program.
-        stages: tiles that are loaded ahead.
-    """
-
-    m: int
-    n: int
-    k: int
-    splits: int
-    warps: int
-    stages: int
 
 
 def matmul(
@@ -72,7 +51,7 @@ def matmul(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*stack M N"]:
-    """What `integer_matmul.matmul_reference` computes, bit for bit; `unsupported` must have nothing against it.
+    """What `reference.matmul` computes, bit for bit; `unsupported` must have nothing against it.
 
     Args:
         x, scale, zero, w, layer, out_dtype: as for `integer_matmul`.
@@ -137,32 +116,22 @@ def _multiplied(
     if x.zero is not None:
         of_x["zero"] = x.zero.reshape(batch, m)
     if w.scales.zero is not None:
-        sums = integer_matmul_gpu_operands.row_sums(
-            codes, None if x.zero is None else x.zero.reshape(batch, m, 1), group
-        )
+        sums = gpu_operands.row_sums(codes, None if x.zero is None else x.zero.reshape(batch, m, 1), group)
         if whole:
             of_x["sums"] = sums
 
-    def of_weight(w: QTensor, layer: Any) -> dict[str, Array]:
-        arrays = {"words": w.words, "values": w.scales.values}
-        if whole and w.scales.zero is not None:
-            arrays["zero"] = w.scales.zero
-        return {"layer": layer_operand(layer), **{name: a.reshape(-1, *a.shape[-2:]) for name, a in arrays.items()}}
-
-    packed = [of_weight(w, layer) for w, layer in zip(weights, layers, strict=True)]
+    packed = [Packed.of(w, layer, zeros=whole) for w, layer in zip(weights, layers, strict=True)]
     kept, inside = (out_dtype, epilogue) if whole else (jnp.dtype(jnp.int32), None)
     product = _Product(k, n, w.spec.format.bits, group, w.order, kept, blocks, len(weights), inside)
     results = _call(product, of_x, packed, others if inside else [], interpret)
     if whole:
         return results[0][0].reshape(*stack, m, n)
-    return integer_matmul_gpu_operands.finish_parts(
-        results, x.scale, sums, weights, layers, others, epilogue, out_dtype
-    )
+    return gpu_operands.finish_parts(results, x.scale, sums, weights, layers, others, epilogue, out_dtype)
 
 
 def unsupported(x: Any, w: QTensor, out_dtype: Any) -> str | None:
     """Why this kernel does not compute a product, or None; x is anything with a shape."""
-    if reason := integer_matmul_gpu_operands.unsupported(x, w, out_dtype):
+    if reason := gpu_operands.unsupported(x, w, out_dtype):
         return reason
     if pltriton is None:
         return "this version of JAX has no Triton"
@@ -177,8 +146,6 @@ def unsupported_epilogue(epilogue: Epilogue, w: QTensor) -> str | None:
 
 
 _LEAST_K, _MOST_K = 32, 128
-
-_PROCESSORS = 108  # streaming multiprocessors of an NVIDIA A100
 
 
 def default_blocks(m: int, w: QTensor, *, batch: int = 1, weights: int = 1) -> Blocks:
@@ -198,7 +165,7 @@ def default_blocks(m: int, w: QTensor, *, batch: int = 1, weights: int = 1) -> B
     splits = 1
     if group == k:
         tiles = batch * pl.cdiv(m, rows) * pl.cdiv(n, columns)
-        splits = max(1, min(2 * _PROCESSORS // tiles, pl.cdiv(k, 8 * depth), 16))
+        splits = triton.splits_of(k, depth, tiles)
     return Blocks(m=rows, n=columns, k=depth, splits=splits, warps=8 if rows * columns >= 128 * 128 else 4, stages=3)
 
 
@@ -229,39 +196,38 @@ class _Product:
 def _call(
     product: _Product,
     of_x: dict[str, Array],
-    weights: Sequence[dict[str, Array]],
+    weights: Sequence[Packed],
     others: Sequence[Array],
     interpret: bool,
 ) -> list[Array]:
     """What is made of the products with each matrix of one layer of the stack, `(splits, B, M, N)` each."""
     blocks, (stack, m, _) = product.blocks, of_x["x"].shape
-    operands = [*of_x.values(), *itertools.chain(*(own.values() for own in weights)), *others]
+    operands = [*of_x.values(), *itertools.chain(*(w.arrays for w in weights)), *others]
     count = 1 if product.epilogue else product.weights
-    out = pl.pallas_call(
-        functools.partial(_kernel, product, tuple(of_x), tuple(weights[0]), len(others)),
+    return triton.launch(
+        functools.partial(_kernel, product, tuple(of_x), len(weights[0].arrays), len(others)),
+        operands,
         out_shape=[jax.ShapeDtypeStruct((blocks.splits, stack, m, product.n), product.out_dtype)] * count,
         grid=(pl.cdiv(product.n, blocks.n), pl.cdiv(m, blocks.m), stack * blocks.splits),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(operands),
-        out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * count,
-        compiler_params=pltriton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        blocks=blocks,
         name="fused_integer_matmul" if product.epilogue else "integer_matmul",
         interpret=interpret,
-    )(*operands)
-    return list(out)
+    )
 
 
-def _kernel(product: _Product, of_x: tuple[str, ...], of_weight: tuple[str, ...], others: int, *all_refs: Any) -> None:
+def _kernel(product: _Product, of_x: tuple[str, ...], arrays: int, others: int, *all_refs: Any) -> None:
     """A tile of the result.
 
     Args:
         product: what is computed.
-        of_x, of_weight: names of the operands that belong to x, and to each weight.
+        of_x: names of the operands that belong to x.
+        arrays: of each weight.
         others: other operands of the epilogue.
         all_refs: those of x, of each weight, and others; the results.
     """
     rest = iter(all_refs)
     refs = dict(zip(of_x, rest, strict=False))
-    given = [dict(zip(of_weight, itertools.islice(rest, len(of_weight)), strict=True)) for _ in range(product.weights)]
+    given = [list(itertools.islice(rest, arrays)) for _ in range(product.weights)]
     other_refs, out_refs = list(itertools.islice(rest, others)), list(rest)
     x_ref, blocks = refs["x"], product.blocks
     stack, height = x_ref.shape[0], x_ref.shape[1]
@@ -269,10 +235,7 @@ def _kernel(product: _Product, of_x: tuple[str, ...], of_weight: tuple[str, ...]
     rows = pl.program_id(1) * blocks.m + jnp.arange(blocks.m)
     columns = pl.program_id(0) * blocks.n + jnp.arange(blocks.n)
     in_rows, in_columns = rows < height, columns < product.n
-    weights = []
-    for own in given:
-        at = layer_index(own["layer"][0], own["words"].shape[0] // stack) * stack + matrix
-        weights.append(_Tiles(product, at, columns, own))
+    weights = [_Tiles(product, Weight.of(own, matrix, stack, product.n, product.order), columns) for own in given]
 
     def by_row(name: str, *index: Any) -> Array:
         return pltriton.load(refs[name].at[(matrix, *index, rows)], mask=in_rows, other=0)
@@ -303,17 +266,16 @@ def _kernel(product: _Product, of_x: tuple[str, ...], of_weight: tuple[str, ...]
         if ones:
             sums -= by_row("zero").astype(jnp.int32)[:, None] * jnp.max(ones[0], axis=0)[None, :]
         if "sums" in refs:
-            sums -= by_row("sums", group)[:, None] * own.small("zero", group).astype(jnp.int32)[None, :]
+            sums -= by_row("sums", group)[:, None] * own.small(own.weight.zeros, group).astype(jnp.int32)[None, :]
         return sums
 
-    def scaled(carries: Sequence[tuple[Array, ...]], group: Any) -> list[Float[Array, "m n"]]:
+    def scaled_sums(carries: Sequence[tuple[Array, ...]], group: Any) -> list[Float[Array, "m n"]]:
         """A group in float32: the clamp keeps the product from being fused with an addition."""
-        return [
-            finite(
-                centred(own, carry, group).astype(jnp.float32) * own.small("values", group).astype(jnp.float32)[None, :]
-            )
-            for own, carry in zip(weights, carries, strict=True)
-        ]
+        scaled = []
+        for own, carry in zip(weights, carries, strict=True):
+            sums = centred(own, carry, group).astype(jnp.float32)
+            scaled.append(finite(sums * own.small(own.weight.scales, group).astype(jnp.float32)[None, :]))
+        return scaled
 
     if product.group == product.k:
         steps = pl.cdiv(pl.cdiv(product.k, blocks.k), blocks.splits)
@@ -321,7 +283,7 @@ def _kernel(product: _Product, of_x: tuple[str, ...], of_weight: tuple[str, ...]
         if blocks.splits > 1:
             results = [centred(own, carry, 0) for own, carry in zip(weights, sums, strict=True)]
         else:
-            results = scaled(sums, 0)
+            results = scaled_sums(sums, 0)
     else:
         steps = product.group // blocks.k
 
@@ -331,7 +293,7 @@ def _kernel(product: _Product, of_x: tuple[str, ...], of_weight: tuple[str, ...]
                 sums = multiply(first, nothings)
             else:
                 sums = lax.fori_loop(0, steps, lambda i, carry: multiply(first + i * blocks.k, carry), nothings)
-            return [total + part for total, part in zip(totals, scaled(sums, group), strict=True)]
+            return [total + part for total, part in zip(totals, scaled_sums(sums, group), strict=True)]
 
         zeros = [jnp.zeros((blocks.m, blocks.n), jnp.float32)] * product.weights
         results = lax.fori_loop(0, pl.cdiv(product.k, product.group), add_group, zeros)
@@ -339,7 +301,7 @@ def _kernel(product: _Product, of_x: tuple[str, ...], of_weight: tuple[str, ...]
         kept = jnp.float32 if product.epilogue else product.out_dtype
         results = [rescale(out, by_row("scale")[:, None], kept) for out in results]
     if product.epilogue:
-        read = [matmul_triton.beside(ref, matrix, rows, columns, (height, product.n)) for ref in other_refs]
+        read = [beside(ref, matrix, rows, columns, (height, product.n)) for ref in other_refs]
         results = [product.epilogue(results, read)]
     for out_ref, out in zip(out_refs, results, strict=True):
         pltriton.store(
@@ -353,35 +315,22 @@ class _Tiles:
 
     Attributes:
         product: what is computed.
-        at: index of the matrix.
+        weight: its arrays.
         columns: of the tile.
-        refs: to its arrays, by name.
     """
 
     product: _Product
-    at: Any
+    weight: Weight
     columns: Int[Array, " n"]
-    refs: dict[str, Any]
 
-    def small(self, name: str, group: Any) -> Array:
+    def small(self, ref: Any, group: Any) -> Array:
         """Scales or zero points of a group, by column."""
-        ref, of, kn = self.refs[name], self.columns, self.product.order == "kn"
-        if ref.shape[-1 if kn else -2] == 1:  # one for the whole matrix
-            of = jnp.zeros_like(of)
-        index = (self.at, group, of) if kn else (self.at, of, group)
-        return pltriton.load(ref.at[index], mask=self.columns < self.product.n, other=0)
+        return self.weight.of_group(ref, group, self.columns)
 
     def codes(self, first: Any) -> Int8[Array, "k n"]:
         """Those from `first` of K on."""
-        product, w_ref, kn = self.product, self.refs["words"], self.product.order == "kn"
-        per_word = 8 if product.bits == 4 else 1
-        units = lax.div(first, per_word) + jnp.arange(product.blocks.k // per_word)
-        across, along = (self.columns[None, :], units[:, None]) if kn else (self.columns[:, None], units[None, :])
-        words = pltriton.load(
-            w_ref.at[(self.at, along, across) if kn else (self.at, across, along)],
-            mask=(across < product.n) & (along < w_ref.shape[-2 if kn else -1]),
-            other=0,
-        )
+        product, kn = self.product, self.product.order == "kn"
+        words = self.weight.words_of(first, product.blocks.k, self.columns, 8 if product.bits == 4 else 1)
         if product.bits == 4:
             return triton.unpack(words.T if kn else words, 4).astype(jnp.int8).T
         return words if kn else words.T

@@ -5,7 +5,7 @@ every call, and the page faults of 64 MiB take ten times as long as reading them
 that stays in cache. Three formulations, chosen from the static shapes (measured by scripts/bench/bench_overhead.py,
 results in benchmarks/overhead.md):
 
-* a matrix of one block: dequantize it, one dot, which is `matmul_reference.matmul`;
+* a matrix of one block: dequantize it, one dot, which is `reference.matmul`;
 * larger: a loop over blocks of stored rows, each dequantized by the one definition and multiplied by a dot;
 * larger, one row of x, integers: no dot. The codes of a column are taken from their words in registers, multiplied
   and added up, and the sum of a group is scaled once. About twice as fast again, as the weight is never float in
@@ -53,7 +53,7 @@ def matmul(
     preferred_element_type: Any,
     transpose: bool,
 ) -> Float[Array, "*stack M _"]:
-    """What `matmul_reference.matmul` computes, up to the order of the sum; arguments as there."""
+    """What `reference.matmul` computes, up to the order of the sum; arguments as there."""
     size = _block_size(w, BLOCK_VALUES // max(1, w.layout.n if w.order == "kn" else w.layout.k))
     out_dtype = reference.result_dtype(x, w, casts, preferred_element_type)
     float32_holds_sums = out_dtype in (jnp.float32, jnp.bfloat16, jnp.float16)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from qjax.pallas_kernels.backends import tpu_tile
 from qjax.pallas_kernels.backends.tpu_operands import Beside
-from qjax.pallas_kernels.backends.tpu_tile import K_MULTIPLE, LANES, SUBLANES
+from qjax.pallas_kernels.backends.tpu_tile import K_MULTIPLE, LANES, SUBLANES, round_up
 from qjax.pallas_kernels.chips import tpu as tpu_chips
 from qjax.pallas_kernels.numbers.formats import QuantSpec
 from qjax.pallas_kernels.numbers.packing import WORD_BITS
@@ -33,8 +33,6 @@ class Blocks:
     k: int
     scale: Literal["before", "after"]
 
-
-# --- Tiles ----------------------------------------------------------------------------------------------------------
 
 # A kernel has 16 MiB of VMEM on every chip, if it asks for no more; what `_vmem` does not count gets the rest.
 _VMEM = 11 * 2**20
@@ -150,8 +148,3 @@ def _vmem(blocks: Blocks, k: int, spec: QuantSpec, dtype: Any, order: str, besid
     others = sum((m if rows else SUBLANES) * (bn if columns else LANES) * 4 for rows, columns in beside.others)
     windows = m * max(bk, bn) * 4 + m * max(bn, bk) * size + others + beside.weights * (words + scales)
     return 2 * windows + bk * bn * size + beside.weights * held
-
-
-def round_up(size: int, unit: int) -> int:
-    """The next multiple of `unit`."""
-    return -(-size // unit) * unit

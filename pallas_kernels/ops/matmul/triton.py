@@ -20,7 +20,7 @@ outside of the kernel, those of splits and of float32 in halves, it is done ther
 number where one operand is NaN.
 
 Triton carries the unpacked tile through shared memory, and takes `wgmma` for tiles of many rows only: on Hopper this
-is the kernel for what `matmul_mosaic_gpu` does not take. Pallas will lose its Triton backend in a version of JAX that
+is the kernel for what `ops.matmul.mosaic` does not take. Pallas will lose its Triton backend in a version of JAX that
 is not named yet, and products run on the reference then; `compiler_params` says which backend is meant, as the default
 has changed between versions.
 """
@@ -42,32 +42,12 @@ from jaxtyping import Array, Float, Int, Num
 
 from qjax.pallas_kernels.backends import gpu_operands, triton
 from qjax.pallas_kernels.backends.epilogue import Epilogue
-from qjax.pallas_kernels.backends.triton import pltriton
+from qjax.pallas_kernels.backends.triton import Blocks, pltriton
+from qjax.pallas_kernels.backends.triton_operands import Packed, Weight, beside
 from qjax.pallas_kernels.chips import gpu as gpu_chips
 from qjax.pallas_kernels.numbers.formats import Format
 from qjax.pallas_kernels.ops.matmul import reference
-from qjax.pallas_kernels.packed.qtensor import QTensor, layer_index
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How a product is cut; powers of two.
-
-    Attributes:
-        m: rows of x in a tile, at least 16.
-        n: columns of the weight in a tile, at least 16.
-        k: how much of K is in a tile, at least 32; the size of a group is a multiple of it.
-        splits: parts that what is contracted is cut into, for different programs.
-        warps: of a program.
-        stages: tiles that are loaded ahead.
-    """
-
-    m: int
-    n: int
-    k: int
-    splits: int
-    warps: int
-    stages: int
+from qjax.pallas_kernels.packed.qtensor import QTensor
 
 
 def matmul(
@@ -82,7 +62,7 @@ def matmul(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*stack M _"]:
-    """What `matmul_reference.matmul` computes, up to rounding; the reference itself where `unsupported` says why.
+    """What `reference.matmul` computes, up to rounding; the reference itself where `unsupported` says why.
 
     Args:
         x, w, layer, casts, precision, preferred_element_type, transpose: as for the reference.
@@ -139,7 +119,7 @@ def fused_matmul(
     inside = epilogue if finished else None
     kept = out_dtype if finished else jnp.dtype(jnp.float32)
     product = Product(k, n, w.spec.format, w.group_size, w.order, transpose, kept, blocks, len(weights), inside)
-    packed = [arrays_of(w, layer) for w, layer in zip(weights, layers, strict=True)]
+    packed = [Packed.of(w, layer) for w, layer in zip(weights, layers, strict=True)]
     results = _call(product, x, packed, others if inside else [], interpret)
     (out,) = gpu_operands.finished(results, m, None if inside else epilogue, others)
     return out.reshape(*stack, m, out.shape[-1]).astype(out_dtype)
@@ -170,9 +150,7 @@ def unsupported_epilogue(epilogue: Epilogue) -> str | None:
 
 _LEAST_K, _MOST_K = 32, 64
 
-_FEW_M = 16  # rows of a tile up to which `tile_triton.unpack` is shorter than `spread`
-
-_PROCESSORS = 108  # streaming multiprocessors of an NVIDIA A100
+_FEW_M = 16  # rows of a tile up to which `triton.unpack` is shorter than `spread`
 
 
 def default_blocks(
@@ -193,7 +171,7 @@ def default_blocks(
     columns = min(64 if rows == 16 or transpose else 128, max(16, pl.next_power_of_2(n)))
     (produced, tile), (contracted, step) = ((k, depth), (n, columns)) if transpose else ((n, columns), (k, depth))
     tiles = batch * pl.cdiv(m, rows) * pl.cdiv(produced, tile)
-    splits = max(1, min(2 * _PROCESSORS // tiles, pl.cdiv(contracted, 8 * step), 16))
+    splits = triton.splits_of(contracted, step, tiles)
     return Blocks(m=rows, n=columns, k=depth, splits=splits, warps=8 if rows * tile >= 128 * 128 else 4, stages=4)
 
 
@@ -233,39 +211,28 @@ class Product:
         return (self.k, self.blocks.k) if self.transpose else (self.n, self.blocks.n)
 
 
-def arrays_of(w: QTensor, layer: Int[Array, ""] | int | None) -> list[Array]:
-    """Index of the layer, words, scales, and zero points if there are any, with all matrices along one axis."""
-    words = w.words
-    if w.spec.format.kind == "float":
-        words = lax.bitcast_convert_type(words, jnp.dtype(w.spec.format.dtype))
-    arrays = [a for a in (words, w.scales.values, w.scales.zero) if a is not None]
-    return [gpu_operands.layer_operand(layer), *(a.reshape(-1, *a.shape[-2:]) for a in arrays)]
-
-
 def _call(
     product: Product,
     x: Float[Array, "B M _"],
-    weights: Sequence[Sequence[Array]],
+    weights: Sequence[Packed],
     others: Sequence[Array],
     interpret: bool,
 ) -> list[Float[Array, "splits B M _"]]:
     """What is made of the products with each matrix of one layer of the stack, in parts of what is contracted."""
     blocks, (stack, m, _), (size, tile) = product.blocks, x.shape, product.produced
     table = [jnp.asarray(product.format.values, x.dtype)] if product.format.values else []
-    operands = [x, *table, *itertools.chain(*weights), *others]
+    operands = [x, *table, *itertools.chain(*(w.arrays for w in weights)), *others]
     shape = jax.ShapeDtypeStruct((blocks.splits, stack, m, size), product.out_dtype)
     count = 1 if product.epilogue else product.weights
-    out = pl.pallas_call(
-        functools.partial(_kernel, product, len(weights[0]), len(others)),
+    return triton.launch(
+        functools.partial(_kernel, product, len(weights[0].arrays), len(others)),
+        operands,
         out_shape=[shape] * count,
         grid=(pl.cdiv(size, tile), pl.cdiv(m, blocks.m), stack * blocks.splits),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(operands),
-        out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * count,
-        compiler_params=pltriton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        blocks=blocks,
         name="fused_matmul" if product.epilogue else "quantized_matmul",
         interpret=interpret,
-    )(*operands)
-    return list(out)
+    )
 
 
 def _kernel(product: Product, arrays: int, others: int, x_ref: Any, *refs: Any) -> None:
@@ -291,12 +258,7 @@ def _kernel(product: Product, arrays: int, others: int, x_ref: Any, *refs: Any) 
     produced = first + jnp.arange(outer_tile)
     steps = pl.cdiv(pl.cdiv(inner, inner_tile), blocks.splits)
 
-    def tiles(refs: Sequence[Any]) -> Tiles:
-        layer_ref, words, *small = refs
-        at = layer_index(layer_ref[0], words.shape[0] // stack) * stack + matrix
-        return Tiles(product, at, table, words, small[0], small[1] if len(small) > 1 else None)
-
-    each = [tiles(refs) for refs in weights]
+    each = [Tiles(product, Weight.of(refs, matrix, stack, product.n, product.order), table) for refs in weights]
 
     def step(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         start = (part * steps + i) * inner_tile
@@ -324,48 +286,27 @@ def _kernel(product: Product, arrays: int, others: int, x_ref: Any, *refs: Any) 
         )
 
 
-def beside(
-    ref: Any, matrix: Any, rows: Int[Array, " M"], columns: Int[Array, " N"], size: tuple[int, int]
-) -> Num[Array, "_ _"]:
-    """What an epilogue reads of another operand for a tile of the result.
-
-    Args:
-        ref: `(stack or 1, M or 1, N or 1)`, in global memory.
-        matrix, rows, columns: of the tile.
-        size: rows and columns of the result.
-    """
-    one = jnp.zeros((1, 1), jnp.int32)
-    across = rows[:, None] if ref.shape[1] > 1 else one
-    along = columns[None, :] if ref.shape[2] > 1 else one
-    at = matrix if ref.shape[0] > 1 else 0
-    return pltriton.load(ref.at[at, across, along], mask=(across < size[0]) & (along < size[1]), other=0)
-
-
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """Tiles of a weight in global memory.
 
     Attributes:
         product: what is computed.
-        at: index of the matrix.
+        weight: its arrays.
         table: reference to the values of a codebook, or None.
-        words, scales, zeros: references to the arrays; zeros are None if there are none.
     """
 
     product: Product
-    at: Any
+    weight: Weight
     table: Any
-    words: Any
-    scales: Any
-    zeros: Any
 
     def product_with(self, x: Float[Array, "M _"], k: Any, n: Int[Array, " N"]) -> Float[Array, "M _"]:
         """What a tile that starts at k, with these columns, adds to the sums; one scale for all of K is left out."""
         group = 0 if self.product.group == self.product.k else lax.div(k, self.product.group)
         codes = self._codes(k, n, x.dtype)
-        if self.zeros is not None:
-            codes -= self._small(self.zeros, group, n).astype(x.dtype)[None, :]
-        scale = self._small(self.scales, group, n).astype(jnp.float32)[None, :]
+        if self.weight.zeros is not None:
+            codes -= self._small(self.weight.zeros, group, n).astype(x.dtype)[None, :]
+        scale = self._small(self.weight.scales, group, n).astype(jnp.float32)[None, :]
         if self.product.transpose:
             return pltriton.dot((x.astype(jnp.float32) * scale).astype(x.dtype), codes.T)
         added = pltriton.dot(x, codes)
@@ -375,29 +316,17 @@ class Tiles:
         """The sums with the scale that `product_with` left out."""
         if self.product.transpose or self.product.group != self.product.k:
             return sums
-        return sums * self._small(self.scales, 0, produced).astype(jnp.float32)[None, :]
+        return sums * self._small(self.weight.scales, 0, produced).astype(jnp.float32)[None, :]
 
     def _small(self, ref: Any, group: Any, n: Int[Array, " N"]) -> Num[Array, " N"]:
-        """Scales or zero points of a group, by column."""
-        kn = self.product.order == "kn"
-        group, of = jnp.minimum(group, ref.shape[-2 if kn else -1] - 1), n
-        if ref.shape[-1 if kn else -2] == 1:  # one for the whole matrix
-            of = jnp.zeros_like(n)
-        return pltriton.load(
-            ref.at[(self.at, group, of) if kn else (self.at, of, group)], mask=n < self.product.n, other=0
-        )
+        """Scales or zero points of a group, the last one beyond it, by column."""
+        last = ref.shape[-2 if self.product.order == "kn" else -1] - 1
+        return self.weight.of_group(ref, jnp.minimum(group, last), n)
 
     def _codes(self, k: Any, n: Int[Array, " N"], dtype: Any) -> Float[Array, "K N"]:
         """Unscaled values; finite ones beyond the matrix."""
         product, kn = self.product, self.product.order == "kn"
-        per_word = 8 if product.format.bits == 4 else 1
-        units = lax.div(k, per_word) + jnp.arange(product.blocks.k // per_word)
-        across, along = (n[None, :], units[:, None]) if kn else (n[:, None], units[None, :])
-        words = pltriton.load(
-            self.words.at[(self.at, along, across) if kn else (self.at, across, along)],
-            mask=(across < product.n) & (along < self.words.shape[-2 if kn else -1]),
-            other=jnp.zeros((), self.words.dtype),
-        )
+        words = self.weight.words_of(k, product.blocks.k, n, 8 if product.format.bits == 4 else 1)
         if product.format.bits == 8:
             return (words if kn else words.T).astype(dtype)
         if self.table is not None:

@@ -7,15 +7,14 @@ length of the grid: an expert without rows has no visit, so nothing of it is rea
 stores the rows of its expert; the visits to a tile follow each other, so that it stays in VMEM until its last one.
 
 Index maps read layer, expert and tile from prefetched scalars: words come from the whole stack, and no matrix is sliced
-or copied. What a tile of the product is, the precision, and where scales go are those of `matmul_tpu`.
+or copied. What a tile of the product is, the precision, and where scales go are those of `ops.matmul.tpu`.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +25,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int32
 
 from qjax.pallas_kernels.backends import tpu_operands
+from qjax.pallas_kernels.backends.tpu_operands import Packed, Windows
 from qjax.pallas_kernels.ops.matmul import reference as matmul_reference
 from qjax.pallas_kernels.ops.matmul import tpu as matmul_tpu
-from qjax.pallas_kernels.ops.matmul import tpu_tiles as matmul_tpu_tiles
-from qjax.pallas_kernels.ops.matmul.tpu import Packed, Product
+from qjax.pallas_kernels.ops.matmul import tpu_kernel, tpu_tiles
+from qjax.pallas_kernels.ops.matmul.tpu_product import Product
 from qjax.pallas_kernels.ops.matmul.tpu_tiles import Blocks
 from qjax.pallas_kernels.packed.qtensor import QTensor
 
@@ -51,7 +51,7 @@ def matmul(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M _"]:
-    """What `ragged_matmul.matmul_reference` computes, up to the rounding that `matmul_tpu` describes.
+    """What `reference.matmul` computes, up to the rounding that `ops.matmul.tpu` describes.
 
     Args:
         x, w, group_sizes, layer, casts, precision, preferred_element_type, transpose: as for the reference; there is
@@ -80,7 +80,7 @@ def unsupported(x: Any, w: QTensor, casts: tuple[Any, ...], preferred_element_ty
 
 
 def default_blocks(m: int, experts: int, w: QTensor, dtype: Any, transpose: bool = False) -> Blocks:
-    """Those of `matmul_tpu.default_blocks` for as many rows as a tile should have.
+    """Those of `ops.matmul.tpu_tiles.default_blocks` for as many rows as a tile should have.
 
     A visit takes as long as its rows and a tile of the weight, however few of the rows belong to the expert. There are
     about M / rows + E visits: the sum is least where a tile has sqrt(M / E * what a tile of the weight costs) rows.
@@ -92,9 +92,9 @@ def default_blocks(m: int, experts: int, w: QTensor, dtype: Any, transpose: bool
         dtype: of the operands of the product.
         transpose: as for `matmul`.
     """
-    rows = min(max(16, math.isqrt(_ROWS_OF_A_TILE * m // experts)), matmul_tpu_tiles.MOST_M)
+    rows = min(max(16, math.isqrt(_ROWS_OF_A_TILE * m // experts)), tpu_tiles.MOST_M)
     rows = pl.cdiv(m, pl.cdiv(m, rows))  # tiles of one size
-    blocks = matmul_tpu_tiles.default_blocks(rows, w.layout.k, w.layout.n, w.spec, dtype, "kn", transpose)
+    blocks = tpu_tiles.default_blocks(rows, w.layout.k, w.layout.n, w.spec, dtype, "kn", transpose)
     assert blocks is not None  # `unsupported` asks for fewer rows
     return blocks
 
@@ -163,32 +163,24 @@ def _call(
     (inner, inner_tile), (outer, outer_tile), blocks = product.contracted, product.produced, product.blocks
     m = x.shape[0]
 
-    def window(which: int, shape: tuple[int, int], move: Callable[[Any, Any], tuple[Any, Any]]) -> pl.BlockSpec:
-        def index(o: Any, v: Any, s: Any, layers: Any, visits: Any) -> tuple[Any, ...]:
-            return (layers[which], visits.expert[v], *(move(o, s) if product.transpose else move(s, o)))
+    def at(o: Any, v: Any, s: Any, layers: Any, visits: Any) -> tuple[Any, Any, Any, Any]:
+        return (layers, visits.expert[v], *((o, s) if product.transpose else (s, o)))
 
-        return pl.BlockSpec((None, None, *shape), index)
-
-    parts = product.windows
-    columns = blocks.n if w.scales.values.shape[-1] == product.n else 1
-    copied = [product.transpose or columns == 1 or a.dtype != jnp.float32 for a in w.small]
+    windows = Windows(product.windows, product.order, blocks.n, at)
     layers, experts = w.words.shape[:2]
     return pl.pallas_call(
-        functools.partial(_kernel, product, copied),
+        functools.partial(_kernel, product, product.copied(w)),
         out_shape=jax.ShapeDtypeStruct((m, outer), out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(pl.cdiv(outer, outer_tile), count, pl.cdiv(inner, inner_tile)),
             in_specs=[
                 pl.BlockSpec((blocks.m, inner_tile), lambda o, v, s, layers, visits: (visits.tile[v], s)),
-                *(window(0, (p.rows, blocks.n), lambda k, n, p=p: (p.first + p.step * k, n)) for p in parts),
-                *(window(1, (a.shape[-2], columns), lambda k, n: (0, n if columns > 1 else 0)) for a in w.small),
+                *windows.of_words(0),
+                *windows.of_small(0, w),
             ],
             out_specs=pl.BlockSpec((blocks.m, outer_tile), lambda o, v, s, layers, visits: (visits.tile[v], o)),
-            scratch_shapes=[
-                pltpu.VMEM((blocks.m, outer_tile), jnp.float32),
-                *(pltpu.VMEM((a.shape[-2], blocks.n), jnp.float32) for a in itertools.compress(w.small, copied)),
-            ],
+            scratch_shapes=[pltpu.VMEM((blocks.m, outer_tile), jnp.float32), *product.copies(w)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         cost_estimate=pl.CostEstimate(
@@ -200,7 +192,7 @@ def _call(
         ),
         name="quantized_ragged_matmul",
         interpret=interpret,
-    )(w.layers, visits, x, *[w.words] * len(parts), *w.small)
+    )(w.layers, visits, x, *[w.words] * len(windows.words), *w.small)
 
 
 def _kernel(product: Product, copied: Sequence[bool], _: Any, visits: Any, x_ref: Any, *refs: Any) -> None:
@@ -208,7 +200,7 @@ def _kernel(product: Product, copied: Sequence[bool], _: Any, visits: Any, x_ref
 
     Args:
         product: what is computed.
-        copied: which of scales and zero points have a float32 copy (see `matmul_tpu`).
+        copied: which of scales and zero points have a float32 copy.
         visits: `Visits` of references.
         x_ref: a tile of x.
         refs: words, scales, zero points; the result; the sum, and copies.
@@ -216,7 +208,7 @@ def _kernel(product: Product, copied: Sequence[bool], _: Any, visits: Any, x_ref
     parts, blocks = len(product.windows), product.blocks
     given, (out_ref, sum_ref, *copies) = refs[: parts + len(copied)], refs[parts + len(copied) :]
     column, visit, step = (pl.program_id(axis) for axis in range(3))
-    scales = matmul_tpu.accumulate(product, copied, x_ref, given[:parts], given[parts:], sum_ref, copies, step, column)
+    scales = tpu_kernel.accumulate(product, copied, x_ref, given[:parts], given[parts:], sum_ref, copies, step, column)
 
     expert = visits.expert[visit]
     start, end, first = visits.start[expert], visits.end[expert], visits.tile[visit] * blocks.m

@@ -6,9 +6,9 @@ there can be, and those that are not needed end at once. Nothing is read of an e
 the grid, so that those of one expert read the same words at about the same time.
 
 The words are those of the whole stack, and a visit finds its matrix by the indices of layer and expert: nothing is
-sliced or copied. Tiles of the weight, formats, precision and the transposed product are those of `matmul_triton`, with
-what it says about Triton. It has run on no GPU yet, only interpreted on CPU and compiled; `matmul_gpu` says what
-follows from that.
+sliced or copied. Tiles of the weight, formats, precision and the transposed product are those of `ops.matmul.triton`,
+with what it says about Triton. It has run on no GPU yet, only interpreted on CPU and compiled; `ops.matmul.gpu` says
+what follows from that.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int32
 
 from qjax.pallas_kernels.backends import gpu_operands, triton
-from qjax.pallas_kernels.backends.triton import pltriton
+from qjax.pallas_kernels.backends.triton import Blocks, pltriton
+from qjax.pallas_kernels.backends.triton_operands import Packed, Weight
 from qjax.pallas_kernels.ops.matmul import reference as matmul_reference
 from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
-from qjax.pallas_kernels.ops.matmul.triton import Blocks
-from qjax.pallas_kernels.packed.qtensor import QTensor, layer_index
+from qjax.pallas_kernels.packed.qtensor import QTensor
 
 _LEAST_M, _MOST_M = 16, 128  # rows of a tile
 
@@ -56,7 +56,7 @@ def matmul(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M _"]:
-    """What `ragged_matmul.matmul_reference` computes, up to rounding.
+    """What `reference.matmul` computes, up to rounding.
 
     Args:
         x, w, group_sizes, layer, casts, precision, preferred_element_type, transpose: as for the reference; there is
@@ -78,13 +78,13 @@ def matmul(
     k, n = w.layout.k, w.layout.n
     product = matmul_triton.Product(k, n, w.spec.format, w.group_size, w.order, transpose, kept, blocks, 1, None)
     visits = plan_visits(group_sizes, m, blocks.m // count)
-    out = _call(product, visits, parts[0], matmul_triton.arrays_of(w, layer), experts, count, interpret)
+    out = _call(product, visits, parts[0], Packed.of(w, layer), experts, count, interpret)
     of_an_expert = lax.broadcasted_iota(jnp.int32, (m, 1), 0) < jnp.sum(group_sizes)
     return jnp.where(of_an_expert, gpu_operands.join(out[None], m)[0], 0).astype(out_dtype)
 
 
 def default_blocks(m: int, experts: int, w: QTensor, parts: int, transpose: bool = False) -> Blocks:
-    """Those of `matmul_triton.default_blocks` for as many rows as an expert has on average.
+    """Those of `ops.matmul.triton.default_blocks` for as many rows as an expert has on average.
 
     Args:
         m: rows of x.
@@ -144,7 +144,7 @@ def _call(
     product: matmul_triton.Product,
     visits: Visits,
     x: Float[Array, "_ _"],
-    weight: list[Array],
+    weight: Packed,
     experts: int,
     parts: int,
     interpret: bool,
@@ -155,23 +155,23 @@ def _call(
         product: what is computed.
         visits: what is multiplied with what.
         x: rows, and once more for each of the parts that they are a sum of.
-        weight: of all layers, as `matmul_triton.arrays_of` gives it.
+        weight: of all layers.
         experts, parts: how many there are.
         interpret: as for `matmul`.
     """
     size, tile = product.produced
     table = [jnp.asarray(product.format.values, x.dtype)] if product.format.values else []
-    operands = [x, *visits, *table, *weight]
-    return pl.pallas_call(
+    operands = [x, *visits, *table, *weight.arrays]
+    (out,) = triton.launch(
         functools.partial(_kernel, product, experts, parts),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], size), product.out_dtype),
+        operands,
+        out_shape=[jax.ShapeDtypeStruct((x.shape[0], size), product.out_dtype)],
         grid=(visits.expert.size, pl.cdiv(size, tile)),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(operands),
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
-        compiler_params=pltriton.CompilerParams(num_warps=product.blocks.warps, num_stages=product.blocks.stages),
+        blocks=product.blocks,
         name="quantized_ragged_matmul",
         interpret=interpret,
-    )(*operands)
+    )
+    return out
 
 
 def _kernel(product: matmul_triton.Product, experts: int, parts: int, x_ref: Any, *refs: Any) -> None:
@@ -186,10 +186,9 @@ def _kernel(product: matmul_triton.Product, experts: int, parts: int, x_ref: Any
     """
     expert, begin, stop = (ref[pl.program_id(0)] for ref in refs[:3])
     *weight, out_ref = refs[3:]
-    table, layer_ref, words, *small = weight if product.format.values else [None, *weight]
-    scales, zeros = (*small, None)[:2]
-    layer = layer_index(layer_ref[0], words.shape[0] // experts)
-    tiles = matmul_triton.Tiles(product, layer * experts + expert, table, words, scales, zeros)
+    table = weight.pop(0) if product.format.values else None
+    own = Weight.of(weight, expert, experts, product.n, product.order)
+    tiles = matmul_triton.Tiles(product, own, table)
     (inner, inner_tile), (outer, outer_tile), height = product.contracted, product.produced, product.blocks.m // parts
     of_tile = jnp.arange(product.blocks.m)
     row = begin + lax.rem(of_tile, height)
