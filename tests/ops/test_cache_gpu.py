@@ -28,6 +28,7 @@ from test_cache_attention import (
 )
 from test_cache_dot import _QUICK, array, value
 
+from qjax.pallas_kernels.backends import triton
 from qjax.pallas_kernels.chips.gpu import target_chip
 from qjax.pallas_kernels.numbers.formats import FORMATS
 from qjax.pallas_kernels.ops.cache_attention import reference as cache_attention_reference
@@ -35,7 +36,6 @@ from qjax.pallas_kernels.ops.cache_attention import triton as cache_attention_tr
 from qjax.pallas_kernels.ops.cache_attention.api import cache_attention
 from qjax.pallas_kernels.ops.cache_attention.reference import AttentionSpec, CacheDot
 from qjax.pallas_kernels.ops.cache_attention.triton import Blocks
-from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
 from qjax.pallas_kernels.packed import qcache
 from qjax.pallas_kernels.packed.qcache import CacheSpec, QCache
 from qjax.passes.plan import attention
@@ -165,7 +165,7 @@ def shapes(format: str = "int8", d: int = 128, t: int = 64, dtype: Any = BF16) -
 
 
 def test_what_is_left_to_the_reference_has_a_reason(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(matmul_triton, "finds_device", lambda: True)
+    monkeypatch.setattr(triton, "finds_device", lambda: True)
     spec = spec_of(-1e9)
     q, cache = shapes()
     assert "target_chip" in (cache_attention_triton.unsupported(q, cache, cache, spec) or "")
@@ -184,7 +184,7 @@ def test_what_is_left_to_the_reference_has_a_reason(monkeypatch: pytest.MonkeyPa
         q, cache = shapes()
         swapped = AttentionSpec(spec.scores, (0, 1, 3, 2), spec.steps, spec.weights, spec.result)
         assert "one axis of positions" in (cache_attention_triton.unsupported(q, cache, cache, swapped) or "")
-        monkeypatch.setattr(matmul_triton, "finds_device", lambda: False)
+        monkeypatch.setattr(triton, "finds_device", lambda: False)
         assert "use_abstract_mesh" in (cache_attention_triton.unsupported(q, cache, cache, spec) or "")
 
 

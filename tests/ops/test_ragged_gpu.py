@@ -18,10 +18,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_ragged_matmul_tpu import _OPTIONS, _QUICK, E, _array, _expected, _layout, _pack, _spec
 
+from qjax.pallas_kernels.backends import triton
 from qjax.pallas_kernels.chips.gpu import target_chip
 from qjax.pallas_kernels.numbers import stored_scales
 from qjax.pallas_kernels.numbers.formats import PerChannel, PerGroup, PerTensor
-from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
 from qjax.pallas_kernels.ops.matmul.triton import Blocks
 from qjax.pallas_kernels.ops.ragged_matmul import reference as ragged_matmul_reference
 from qjax.pallas_kernels.ops.ragged_matmul import triton as ragged_matmul_triton
@@ -111,7 +111,7 @@ def test_blocks_that_do_not_fit_are_an_error(blocks: Blocks):
 
 
 def test_what_is_left_to_the_reference_has_a_reason(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(matmul_triton, "finds_device", lambda: True)
+    monkeypatch.setattr(triton, "finds_device", lambda: True)
     options = {name: value for name, value in _OPTIONS.items() if name != "layer"}
 
     def reason(spec: Any, *lead: int) -> str | None:
