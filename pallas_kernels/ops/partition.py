@@ -97,6 +97,19 @@ def is_explicit(aval: Any) -> bool:
     return bool(mesh) and not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
+def whole(otherwise: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For an operation that devices do not split: from what one device computes to that, or `otherwise` on a mesh."""
+
+    def on_mesh(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        def computed(*operands: Any, **options: Any) -> Any:
+            placed = any(is_explicit(jax.typeof(a)) for a in jax.tree.leaves(operands))
+            return (otherwise if placed else implementation)(*operands, **options)
+
+        return computed
+
+    return on_mesh
+
+
 def _names(a: Any) -> tuple[Names, ...]:
     """The mesh axes that split each axis of an array, or of the arrays of a type."""
     spec = a.sharding.spec

@@ -30,6 +30,7 @@ from qjax.pallas_kernels.ops.integer_matmul import gpu_operands as integer_matmu
 from qjax.pallas_kernels.ops.integer_matmul import mosaic as integer_matmul_mosaic
 from qjax.pallas_kernels.ops.integer_matmul import mosaic_tiles
 from qjax.pallas_kernels.ops.integer_matmul import triton as integer_matmul_triton
+from qjax.pallas_kernels.ops.primitive import HOPPER_KERNEL, TRITON_KERNEL, Runs
 from qjax.pallas_kernels.packed.layout import Layout
 from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
@@ -255,9 +256,9 @@ def test_triton_epilogues(fused: Fused, blocks: Any):
 def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(triton, "finds_device", lambda: True)
     x, plain = jax.ShapeDtypeStruct((5, 256), jnp.int8), shapes(8, PerChannel(), 256, 128)
-    assert "target_chip" in (integer_matmul_gpu.kernel(x, plain, F32)[1] or "")  # on a CPU
+    assert "target_chip" in integer_matmul_gpu.kernel(x, plain, F32)[1].reason  # on a CPU
     with gpu_chips.target_chip("h100"):
-        assert integer_matmul_gpu.kernel(x, plain, F32) == (integer_matmul_mosaic, None)
+        assert integer_matmul_gpu.kernel(x, plain, F32) == (integer_matmul_mosaic, Runs(HOPPER_KERNEL))
         assert integer_matmul_gpu.kernel(x, shapes(4, PerGroup(64), 256, 128), F32)[0] is integer_matmul_mosaic
         for w, reason in (
             (shapes(8, PerChannel(), 256, 128, "kn"), "reorder"),
@@ -265,22 +266,22 @@ def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
             (shapes(4, PerGroup(32), 256, 128), "a multiple of 64"),
             (shapes(4, PerGroup(832), 4096, 128), "at most 512"),
         ):
-            kernel, why = integer_matmul_gpu.kernel(x, w, F32)
+            kernel, runs = integer_matmul_gpu.kernel(x, w, F32)
             assert kernel is integer_matmul_triton
-            assert reason in (why or "")
+            assert reason in runs.reason
         for w, dtype, reason in (
             (shapes(3, PerChannel(), 256, 128), F32, "int4 and int8"),
             (shapes(8, PerGroup(20), 256, 128), F32, "multiple of 32"),
             (shapes(8, PerChannel(), 256, 0), F32, "empty"),
             (plain, jnp.float64, "bfloat16"),
         ):
-            kernel, why = integer_matmul_gpu.kernel(x, w, dtype)
+            kernel, runs = integer_matmul_gpu.kernel(x, w, dtype)
             assert kernel is None
-            assert reason in (why or "")
+            assert reason in runs.reason
     with gpu_chips.target_chip("a100"):
-        assert integer_matmul_gpu.kernel(x, plain, F32) == (integer_matmul_triton, None)
+        assert integer_matmul_gpu.kernel(x, plain, F32) == (integer_matmul_triton, Runs(TRITON_KERNEL))
         monkeypatch.setattr(triton, "finds_device", lambda: False)
-        assert "use_abstract_mesh" in (integer_matmul_gpu.kernel(x, plain, F32)[1] or "")
+        assert "use_abstract_mesh" in integer_matmul_gpu.kernel(x, plain, F32)[1].reason
 
 
 # --- What XLA does around them --------------------------------------------------------------------------------------

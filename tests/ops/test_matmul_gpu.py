@@ -30,6 +30,7 @@ from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
 from qjax.pallas_kernels.ops.matmul import mosaic_tiles
 from qjax.pallas_kernels.ops.matmul import reference as matmul_reference
 from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
+from qjax.pallas_kernels.ops.primitive import HOPPER_KERNEL, TRITON_KERNEL, Runs
 from qjax.pallas_kernels.packed.layout import Layout
 from qjax.pallas_kernels.packed.qtensor import QTensor, quantize, reorder
 
@@ -275,31 +276,31 @@ def test_what_a_product_runs_on(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(triton, "finds_device", lambda: True)
     plain = Case(8, 256, 128, "int4", PerGroup(128), None)
     x, w = shapes(plain)
-    assert "target_chip" in (matmul_gpu.unsupported(x, w, (), BF16) or "")  # on a CPU
+    assert "target_chip" in matmul_gpu.kernel(x, w, (), BF16)[1].reason  # on a CPU
     with gpu_chips.target_chip("h100"):
-        assert matmul_gpu._choose(x, w, (), BF16, None, False) == (matmul_mosaic, None)
+        assert matmul_gpu.kernel(x, w, (), BF16) == (matmul_mosaic, Runs(HOPPER_KERNEL))
         for other, reason in (
             (dataclasses.replace(plain, order="kn"), "reorder"),
             (dataclasses.replace(plain, n=100), "N must be a multiple of 64"),
         ):
-            kernel, why = matmul_gpu._choose(*shapes(other), (), BF16, None, False)
+            kernel, runs = matmul_gpu.kernel(*shapes(other), (), BF16)
             assert kernel is matmul_triton
-            assert reason in why
+            assert reason in runs.reason
         for other, reason in (
             (dataclasses.replace(plain, format="int3"), "widens int3"),
             (dataclasses.replace(plain, granularity=PerGroup(20)), "multiple of 32"),
         ):
-            kernel, why = matmul_gpu._choose(*shapes(other), (), BF16, None, False)
+            kernel, runs = matmul_gpu.kernel(*shapes(other), (), BF16)
             assert kernel is None
-            assert reason in why
-        assert matmul_gpu._choose(x, w, (), BF16, None, True)[0] is matmul_triton
+            assert reason in runs.reason
+        assert matmul_gpu.kernel(x, w, (), BF16, transpose=True)[0] is matmul_triton
         x32, w32 = shapes(dataclasses.replace(plain, dtype=F32))
-        assert matmul_gpu._choose(x32, w32, (), F32, None, False)[0] is matmul_mosaic
-        assert matmul_gpu._choose(x32, w32, (), F32, jax.lax.Precision.HIGHEST, False)[0] is None
+        assert matmul_gpu.kernel(x32, w32, (), F32)[0] is matmul_mosaic
+        assert matmul_gpu.kernel(x32, w32, (), F32, precision=jax.lax.Precision.HIGHEST)[0] is None
     with gpu_chips.target_chip("a100"):
-        assert matmul_gpu._choose(x, w, (), BF16, None, False) == (matmul_triton, None)
+        assert matmul_gpu.kernel(x, w, (), BF16) == (matmul_triton, Runs(TRITON_KERNEL))
         monkeypatch.setattr(triton, "finds_device", lambda: False)
-        assert "use_abstract_mesh" in (matmul_gpu.unsupported(x, w, (), BF16) or "")
+        assert "use_abstract_mesh" in matmul_gpu.kernel(x, w, (), BF16)[1].reason
 
 
 def test_without_a_gpu_a_product_is_the_reference():

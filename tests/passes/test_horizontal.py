@@ -20,6 +20,7 @@ from models import ZOO
 import qjax
 from qjax.pallas_kernels.ops.horizontal_matmul.api import joint_matmul, joint_matmul_p
 from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
+from qjax.pallas_kernels.ops.primitive import XLA, Runs
 from qjax.pallas_kernels.packed.layout import Layout
 from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 from qjax.passes.jaxpr import control_flow
@@ -287,7 +288,7 @@ def test_where_it_is_one_kernel(chip: str | None, order: Any, n: int, launches: 
         return [x @ jnp.ones((64, w.layout.n), x.dtype) for w in weights]
 
     monkeypatch.setattr(matmul_mosaic, "joint_matmul", stand_in, raising=False)
-    monkeypatch.setattr("qjax.pallas_kernels.ops.matmul.gpu._choose", lambda *args: (None, None))
+    monkeypatch.setattr("qjax.pallas_kernels.ops.matmul.gpu.kernel", lambda *args, **options: (None, Runs(XLA)))
     run = jax.jit(lambda x: joint_matmul(x, ws, layers=[None, None]))
     with qjax.target_chip(chip) if chip else contextlib.nullcontext():
         export.export(run, platforms=["cuda"])(array(8, 64, dtype=BF16))

@@ -1,9 +1,9 @@
 """`cache_attention(q, keys, values, mask, spec)`: attention on packed key-value caches, as one JAX primitive.
 
 What it means is `reference`: a `cache_dot_general` with the keys, elementwise operations, a softmax over positions, and
-a `cache_dot_general` with the values. On TPU `cache_attention_tpu` does that in one pass over both caches, so that
-scores and probabilities never leave the chip, and on NVIDIA GPUs, in `target_chip`, `cache_attention_gpu` does. A
-program that is mapped or differentiated has `reference` in its place.
+a `cache_dot_general` with the values. On TPU a kernel does that in one pass over both caches, so that scores and
+probabilities never leave the chip, and on NVIDIA GPUs, in `target_chip`, another one does. A program that is mapped or
+differentiated has `reference` in its place.
 
 What that saves, in a step of 8 sequences at 8192 positions with 8 heads of 128, each for 4 queries, on v5e, as the TPU
 compiler has it (jax 0.10.2, libtpu 0.0.42.1; `tests/compile/test_tpu_compile.py` compiles such a step):
@@ -21,24 +21,16 @@ first write a bfloat16 one; an int4 cache they unpack while it is read.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float
 
-from qjax.pallas_kernels.chips import gpu as gpu_chips
-from qjax.pallas_kernels.ops import partition
+from qjax.pallas_kernels.ops import primitive
 from qjax.pallas_kernels.ops.cache_attention import reference
-from qjax.pallas_kernels.ops.cache_attention import tpu as cache_attention_tpu
-from qjax.pallas_kernels.ops.cache_attention.reference import AttentionSpec, by_themselves
-from qjax.pallas_kernels.ops.primitive import differentiated, type_of_result
+from qjax.pallas_kernels.ops.cache_attention.reference import AttentionSpec
+from qjax.pallas_kernels.ops.primitive import Choice, Runs
 from qjax.pallas_kernels.packed.qcache import QCache
-
-cache_attention_p = Primitive("cache_attention")
 
 
 def cache_attention(
@@ -63,73 +55,60 @@ def cache_attention(
     Raises:
         ValueError: as `cache_dot_general`.
     """
-    leaves, tree = jax.tree.flatten((keys, values, mask, layers))
-    return cache_attention_p.bind(q, *leaves, tree=tree, spec=spec)
+    return _CACHE_ATTENTION(q, keys, values, mask, layers, spec=spec)
 
 
-# --- The primitive ---------------------------------------------------------------------------------------------
+def runs_as(
+    platform: str, q: Any, keys: QCache, values: QCache, mask: Any, spec: AttentionSpec, layers: Any = None
+) -> Runs:
+    """What `cache_attention` runs as on "cpu", "tpu" or "cuda", and why not as one kernel.
+
+    Args:
+        platform: where one device has the operands.
+        q, keys, values, mask, layers: the operands or their types.
+        spec: as for `cache_attention`.
+    """
+    return _CACHE_ATTENTION.runs_as(platform, q, keys, values, mask, layers, spec=spec)
 
 
-def _with(implementation: Callable[..., Array]) -> Callable[..., Array]:
-    def lowered(q: Array, *leaves: Array, tree: Any, spec: AttentionSpec) -> Array:
-        keys, values, mask, layers = jax.tree.unflatten(tree, leaves)
-        return implementation(q, keys, values, mask, spec, layers)
-
-    return lowered
+def _meaning(q: Any, keys: QCache, values: QCache, mask: Any, layers: Any, *, spec: AttentionSpec) -> Array:
+    return reference.attention(q, keys, values, mask, spec, layers)
 
 
-@functools.cache
-def _jitted(**params: Any) -> Callable[..., Array]:
-    return jax.jit(functools.partial(cache_attention_p.bind, **params))
+def _cuda(q: Any, keys: QCache, values: QCache, mask: Any, layers: Any, *, spec: AttentionSpec) -> Choice | str:
+    from qjax.pallas_kernels.ops.cache_attention import triton as cache_attention_triton
+
+    reason = cache_attention_triton.unsupported(q, *_types(keys, values, layers), spec)
+    return reason or Choice(Runs(primitive.TRITON_KERNEL), _in_one(cache_attention_triton))
 
 
-@cache_attention_p.def_impl
-def _impl(*operands: Array, **params: Any) -> Array:
-    return _jitted(**params)(*operands)
+def _tpu(q: Any, keys: QCache, values: QCache, mask: Any, layers: Any, *, spec: AttentionSpec) -> Choice | str:
+    from qjax.pallas_kernels.ops.cache_attention import tpu as cache_attention_tpu
 
-
-@cache_attention_p.def_abstract_eval
-def _abstract_eval(*operands: Any, **params: Any) -> Any:
-    return type_of_result(functools.partial(_with(reference.attention), **params), operands)
-
-
-def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Array]:
-    return differentiated(functools.partial(_with(reference.attention), **params), primals, tangents)
-
-
-def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
-    return jax.vmap(functools.partial(_with(reference.attention), **params), in_axes=tuple(dims))(*operands), 0
-
-
-def _on_tpu(q: Array, keys: QCache, values: QCache, mask: Any, spec: AttentionSpec, layers: Any) -> Array:
-    explicit = any(partition.is_explicit(jax.typeof(a)) for a in jax.tree.leaves((q, keys, values)))
-    if explicit or cache_attention_tpu.unsupported(q, *_types(keys, values, layers), spec) is not None:
-        return reference.attention(q, keys, values, mask, spec, layers)
-    return cache_attention_tpu.attention(q, keys, values, mask, spec, layers)
-
-
-def _on_gpu(q: Array, keys: QCache, values: QCache, mask: Any, spec: AttentionSpec, layers: Any) -> Array:
-    explicit = any(partition.is_explicit(jax.typeof(a)) for a in jax.tree.leaves((q, keys, values)))
-    if explicit or gpu_chips.asked_for() is None:
-        return reference.attention(q, keys, values, mask, spec, layers)
-    from qjax.pallas_kernels.ops.cache_attention import (
-        triton as cache_attention_triton,  # a backend that every other platform can do without
-    )
-
-    if cache_attention_triton.unsupported(q, *_types(keys, values, layers), spec) is not None:
-        return reference.attention(q, keys, values, mask, spec, layers)
-    return cache_attention_triton.attention(q, keys, values, mask, spec, layers)
+    reason = cache_attention_tpu.unsupported(q, *_types(keys, values, layers), spec)
+    return reason or Choice(Runs(primitive.TPU_KERNEL), _in_one(cache_attention_tpu))
 
 
 def _types(keys: QCache, values: QCache, layers: Any) -> tuple[QCache, QCache]:
     """Those of the two caches by themselves."""
-    return jax.eval_shape(by_themselves, keys, values, layers)
+    first = 0 if layers is None else 1
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[first:], a.dtype), (keys, values))
 
 
-ad.primitive_jvps[cache_attention_p] = _jvp
+def _in_one(module: Any) -> Any:
+    """The kernel of a module."""
 
-batching.primitive_batchers[cache_attention_p] = _batch
+    def attention(q: Any, keys: QCache, values: QCache, mask: Any, layers: Any, *, spec: AttentionSpec) -> Array:
+        return module.attention(q, keys, values, mask, spec, layers)
 
-for _platform, _implementation in {None: reference.attention, "cuda": _on_gpu, "tpu": _on_tpu}.items():
-    _rule = partition.lowering(_with(_implementation), plain=_with(reference.attention))
-    mlir.register_lowering(cache_attention_p, _rule, platform=_platform)
+    return attention
+
+
+_CACHE_ATTENTION = primitive.define(
+    "cache_attention",
+    meaning=_meaning,
+    platforms={"cuda": _cuda, "tpu": _tpu},
+    otherwise=primitive.SEPARATE,
+)
+
+cache_attention_p = _CACHE_ATTENTION.primitive

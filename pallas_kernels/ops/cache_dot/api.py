@@ -6,8 +6,8 @@ A dot reads a cache in one of two ways: it contracts the vectors, or it makes th
     out[.., h, d]    = sum over t of (p[.., h, t] scale[t, h]) codes[t, h, d]
 
 (`code - zero` for codes where there are zero points.) So codes are multiplied as they are, and scales go on what is
-small. Sums are in float32. What that means is `reference`, in plain operations; on TPU `cache_dot_tpu` reads the codes
-as they are stored, and nothing of the cache's size is written.
+small. Sums are in float32. What that means is `reference`, in plain operations; on TPU a kernel reads the codes as
+they are stored, and nothing of the cache's size is written.
 
 The primitive is linear in x, and a program that is differentiated has `reference` in its place. `vmap` over x, the
 cache or both gives one product. Where operands are on several devices XLA partitions `reference`; inside a `shard_map`
@@ -16,25 +16,17 @@ each device runs its kernel.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-from qjax.pallas_kernels.ops import partition
+from qjax.pallas_kernels.ops import primitive
 from qjax.pallas_kernels.ops.cache_dot import reference
-from qjax.pallas_kernels.ops.cache_dot import tpu as cache_dot_tpu
 from qjax.pallas_kernels.ops.cache_dot.axes import reading
-from qjax.pallas_kernels.ops.primitive import differentiated, type_of_result
+from qjax.pallas_kernels.ops.primitive import Choice, Operation, Runs
 from qjax.pallas_kernels.packed.qcache import QCache
-
-cache_dot_general_p = Primitive("cache_dot_general")
 
 
 def cache_dot_general(
@@ -70,44 +62,36 @@ def cache_dot_general(
             f"dimension_numbers={dimension_numbers} do neither, or the format is a codebook. Use "
             "lax.dot_general with kv_cache.dequantize(cache)."
         )
-    leaves, tree = jax.tree.flatten(cache)
     numbers = tuple(tuple(tuple(int(i) for i in axes) for axes in pair) for pair in dimension_numbers)
     params = {"numbers": numbers, "operand": operand, "precision": precision, "out_dtype": jnp.dtype(out_dtype)}
-    return cache_dot_general_p.bind(x, *leaves, tree=tree, **params)
+    return _CACHE_DOT_GENERAL(x, cache, **params)
 
 
-# --- The primitive ---------------------------------------------------------------------------------------------
+def runs_as(
+    platform: str,
+    x: Any,
+    cache: QCache,
+    dimension_numbers: Any,
+    *,
+    operand: Literal[0, 1],
+    precision: Any = None,
+    out_dtype: Any,
+) -> Runs:
+    """What `cache_dot_general` runs as on "cpu", "tpu" or "cuda", and why not on its best kernel.
+
+    Args:
+        platform: where one device has the operands.
+        x, cache: the operands or their types.
+        dimension_numbers, operand, precision, out_dtype: as for `cache_dot_general`.
+    """
+    params = {"numbers": dimension_numbers, "operand": operand, "precision": precision, "out_dtype": out_dtype}
+    return _CACHE_DOT_GENERAL.runs_as(platform, x, cache, **params)
 
 
-def _with(implementation: Callable[..., Array]) -> Callable[..., Array]:
-    def lowered(x: Array, *leaves: Array, tree: Any, **params: Any) -> Array:
-        cache: QCache = jax.tree.unflatten(tree, leaves)
-        return implementation(x, cache, **params)
-
-    return lowered
-
-
-@functools.cache
-def _jitted(**params: Any) -> Callable[..., Array]:
-    return jax.jit(functools.partial(cache_dot_general_p.bind, **params))
-
-
-@cache_dot_general_p.def_impl
-def _impl(*operands: Array, **params: Any) -> Array:
-    return _jitted(**params)(*operands)
-
-
-@cache_dot_general_p.def_abstract_eval
-def _abstract_eval(*operands: Any, **params: Any) -> ShapedArray:
-    return type_of_result(functools.partial(_with(reference.dot), **params), operands)
-
-
-def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Array]:
-    return differentiated(functools.partial(_with(reference.dot), **params), primals, tangents)
-
-
-def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
-    size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
+def _batch(
+    operation: Operation, leaves: Sequence[Any], dims: Sequence[Any], params: dict[str, Any]
+) -> tuple[Array, int]:
+    size = primitive.size_of_batch(leaves, dims)
     shared = any(d is not None for d in dims[1:])  # else one cache for all, and x has another free axis
     operand = params["operand"]
     contract, batch = params["numbers"]
@@ -115,35 +99,34 @@ def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
     def later(axes: tuple[int, ...], which: int) -> tuple[int, ...]:
         return tuple(i + 1 for i in axes) if shared or which != operand else axes
 
-    def lead(a: Any, d: int | None) -> Array:
-        return jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
-
     added = (0,) if shared else ()
     numbers = (
         tuple(later(axes, which) for which, axes in enumerate(contract)),
         tuple((*added, *later(axes, which)) for which, axes in enumerate(batch)),
     )
-    count = len(operands) if shared else 1
-    operands = [*map(lead, operands[:count], dims[:count]), *operands[count:]]
-    out = cache_dot_general_p.bind(*operands, **{**params, "numbers": numbers})
+    count = len(leaves) if shared else 1
+    moved = [primitive.lead(a, d, size) for a, d in zip(leaves[:count], dims[:count], strict=True)]
+    out = operation.primitive.bind(*moved, *leaves[count:], **{**params, "numbers": numbers})
     if shared:
         return out, 0
-    axes_of_cache = jax.tree.unflatten(params["tree"], operands[1:]).ndim
-    free = axes_of_cache - len(contract[operand]) - len(batch[operand]) if operand == 0 else 0
+    (_, cache), _ = primitive.unflatten(leaves, **params)
+    free = cache.ndim - len(contract[operand]) - len(batch[operand]) if operand == 0 else 0
     return out, len(batch[0]) + free
 
 
-def _on_tpu(x: Array, cache: QCache, **params: Any) -> Array:
-    explicit = any(partition.is_explicit(jax.typeof(a)) for a in jax.tree.leaves((x, cache)))
-    if explicit or cache_dot_tpu.unsupported(x, cache, **params) is not None:
-        return reference.dot(x, cache, **params)
-    return cache_dot_tpu.dot_general(x, cache, **params)
+def _tpu(x: Any, cache: QCache, **options: Any) -> Choice | str:
+    from qjax.pallas_kernels.ops.cache_dot import tpu as cache_dot_tpu
+
+    reason = cache_dot_tpu.unsupported(x, cache, **options)
+    return reason or Choice(Runs(primitive.TPU_KERNEL), cache_dot_tpu.dot_general)
 
 
-ad.primitive_jvps[cache_dot_general_p] = _jvp
+_CACHE_DOT_GENERAL = primitive.define(
+    "cache_dot_general",
+    meaning=reference.dot,
+    platforms={"tpu": _tpu},
+    otherwise=primitive.XLA_CODES,
+    batch=_batch,
+)
 
-batching.primitive_batchers[cache_dot_general_p] = _batch
-
-for _platform, _implementation in {None: reference.dot, "tpu": _on_tpu}.items():
-    _rule = partition.lowering(_with(_implementation), plain=_with(reference.dot))
-    mlir.register_lowering(cache_dot_general_p, _rule, platform=_platform)
+cache_dot_general_p = _CACHE_DOT_GENERAL.primitive

@@ -4,8 +4,8 @@ The primitive carries the program that it stands for: `quantized_matmul` or `int
 it, as they were traced. That is what it means, what is differentiated (custom rules included) and batched, and what
 runs on every platform but TPU and NVIDIA GPUs. There one kernel reads x once for both weights and applies the epilogue
 to its sums (`pallas_kernels.backends.epilogue`); on meshes with Explicit axes each device does so with its part. The
-program runs there where a mesh splits K, for Auto axes (see `pallas_kernels.ops.partition`), and for what `_KERNELS`
-take no kernel for.
+program runs there where a mesh splits K, for Auto axes (see `pallas_kernels.ops.partition`), and where no kernel takes
+the operands.
 """
 
 from __future__ import annotations
@@ -17,25 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import ad, batching, mlir
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from qjax.pallas_kernels.backends import tpu_operands
 from qjax.pallas_kernels.backends.epilogue import Epilogue
 from qjax.pallas_kernels.numbers.activations import Activation
-from qjax.pallas_kernels.ops import partition
+from qjax.pallas_kernels.ops import partition, primitive
 from qjax.pallas_kernels.ops.integer_matmul import gpu as integer_matmul_gpu
-from qjax.pallas_kernels.ops.integer_matmul import tpu as integer_matmul_tpu
 from qjax.pallas_kernels.ops.matmul import gpu as matmul_gpu
-from qjax.pallas_kernels.ops.matmul import tpu as matmul_tpu
+from qjax.pallas_kernels.ops.primitive import Choice, Runs
 from qjax.pallas_kernels.packed.qtensor import QTensor
-
-fused_matmul_p = Primitive("fused_matmul")
-
-fused_matmul_p.multiple_results = True
 
 
 class _Program:
@@ -91,11 +84,11 @@ def fused_matmul(
     Returns:
         What `program` returns.
     """
-    operands, tree = jax.tree.flatten((x, list(weights), list(layers), list(others), beside))
-    return fused_matmul_p.bind(
+    operands = (x, list(weights), list(layers), list(others), beside)
+    leaves, tree = jax.tree.flatten(operands)
+    return _FUSED_MATMUL(
         *operands,
-        program=_Program(jax.make_jaxpr(lambda *o: program(*jax.tree.unflatten(tree, o)))(*operands)),
-        tree=tree,
+        program=_Program(jax.make_jaxpr(lambda *leaves: program(*jax.tree.unflatten(tree, leaves)))(*leaves)),
         casts=tuple(jnp.dtype(c) for c in casts),
         precision=precision,
         preferred_element_type=preferred_element_type,
@@ -104,86 +97,96 @@ def fused_matmul(
     )
 
 
-@fused_matmul_p.def_impl
-def _impl(*operands: Any, program: _Program, **params: Any) -> list[Array]:
-    return program(*operands)  # compiled as a whole, it would be compiled again in each call
+def runs_as(
+    platform: str,
+    x: Any,
+    weights: Sequence[QTensor],
+    *,
+    casts: tuple[Any, ...] = (),
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    epilogue: Epilogue,
+    shapes: Sequence[tuple[Any, ...]],
+) -> Runs:
+    """What `fused_matmul` runs as on "cpu", "tpu" or "cuda", and why not as one kernel where there are such.
+
+    Args:
+        platform: where one device has the operands.
+        x, weights: the operands or their types.
+        casts, precision, preferred_element_type, epilogue, shapes: as for `fused_matmul`.
+    """
+    how: dict[str, Any] = {"casts": casts, "precision": precision, "preferred_element_type": preferred_element_type}
+    return _FUSED_MATMUL.runs_as(platform, x, weights, [], [], None, epilogue=epilogue, shapes=shapes, **how)
 
 
-@fused_matmul_p.def_abstract_eval
-def _abstract_eval(*operands: Any, program: _Program, **params: Any) -> Any:
+def _meaning(*operands: Any, program: _Program, **_: Any) -> list[Array]:
+    return program(*jax.tree.leaves(operands))
+
+
+def _type(*operands: Any, program: _Program, **_: Any) -> list[Any]:
     return list(program.out)
-
-
-def _jvp(primals: Any, tangents: Any, *, program: _Program, **params: Any) -> tuple[list[Array], list[Any]]:
-    moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
-
-    def of(*moved: Any) -> list[Array]:
-        values = list(primals)
-        for i, value in zip(moving, moved, strict=True):
-            values[i] = value
-        return program(*values)
-
-    return jax.jvp(of, [primals[i] for i in moving], [tangents[i] for i in moving])
-
-
-def _batch(operands: Any, dims: Any, *, program: _Program, **params: Any) -> tuple[list[Array], list[int]]:
-    out = jax.vmap(program, in_axes=dims)(*operands)
-    return out, [0] * len(out)
-
-
-def _composition(*operands: Array, program: _Program, **params: Any) -> list[Array]:
-    return program(*operands)
 
 
 Kernel = Callable[..., Array]
 """`kernel(x, weights, others, layers=layers)`: the epilogue of their products."""
 
 
-def _tpu(
-    x: Any, weights: Sequence[QTensor], shapes: Any, *, casts: Any, epilogue: Epilogue, **how: Any
-) -> Kernel | None:
-    beside = tpu_operands.Beside.of(len(weights), shapes)
-    if isinstance(x, Activation):
-        taken = all(integer_matmul_tpu.unsupported(x.codes.shape, w, beside) is None for w in weights)
-        return functools.partial(integer_matmul_tpu.fused_matmul, epilogue=epilogue) if taken else None
-    taken = all(matmul_tpu.unsupported(x, w, casts, epilogue.dtype, beside) is None for w in weights)
-    return functools.partial(matmul_tpu.fused_matmul, casts=casts, epilogue=epilogue, **how) if taken else None
-
-
 def _cuda(
-    x: Any, weights: Sequence[QTensor], shapes: Any, *, casts: Any, epilogue: Epilogue, precision: Any, **how: Any
-) -> Kernel | None:
+    x: Any, weights: Sequence[QTensor], *_: Any, casts: Any, epilogue: Epilogue, precision: Any, **options: Any
+) -> Choice | str:
     if isinstance(x, Activation):
-        kernel, _ = integer_matmul_gpu.fused_kernel(x.codes, weights, epilogue)
-        return kernel and functools.partial(kernel.fused_matmul, epilogue=epilogue)
-    if matmul_gpu.unsupported_fused(x, weights, casts, epilogue, precision=precision):
-        return None
-    return functools.partial(matmul_gpu.fused_matmul, casts=casts, epilogue=epilogue, precision=precision, **how)
+        module, runs = integer_matmul_gpu.fused_kernel(x.codes, weights, epilogue)
+        return Choice(runs, functools.partial(_in_one, module.fused_matmul, ())) if module else runs.reason
+    module, runs = matmul_gpu.fused_kernel(x, weights, casts, epilogue, precision=precision)
+    return Choice(runs, functools.partial(_in_one, matmul_gpu.fused_matmul, _OF_FLOATS)) if module else runs.reason
+
+
+def _tpu(
+    x: Any, weights: Sequence[QTensor], *_: Any, casts: Any, epilogue: Epilogue, shapes: Any, **options: Any
+) -> Choice | str:
+    from qjax.pallas_kernels.backends.tpu_operands import Beside
+    from qjax.pallas_kernels.ops.integer_matmul import tpu as integer_matmul_tpu
+    from qjax.pallas_kernels.ops.matmul import tpu as matmul_tpu
+
+    runs, beside = Runs(primitive.TPU_KERNEL), Beside.of(len(weights), shapes)
+    if isinstance(x, Activation):
+        reasons = (integer_matmul_tpu.unsupported(x.codes.shape, w, beside) for w in weights)
+        choice = Choice(runs, functools.partial(_in_one, integer_matmul_tpu.fused_matmul, ()))
+    else:
+        reasons = (matmul_tpu.unsupported(x, w, casts, epilogue.dtype, beside) for w in weights)
+        choice = Choice(runs, functools.partial(_in_one, matmul_tpu.fused_matmul, _OF_FLOATS))
+    return next(filter(None, reasons), choice)
+
+
+_OF_FLOATS = ("casts", "precision", "preferred_element_type")
+"""Options that products of float x have and those of codes have not."""
 
 
 def _in_one(
-    choose: Callable[..., Kernel | None],
-    *operands: Array,
+    kernel: Kernel,
+    names: Sequence[str],
+    x: Array | Activation,
+    weights: Sequence[QTensor],
+    layers: Sequence[Any],
+    others: Sequence[Array],
+    beside: Any,
+    *,
     program: _Program,
-    tree: Any,
-    shapes: Any,
     epilogue: Epilogue,
-    **how: Any,
+    shapes: Sequence[tuple[Any, ...]],
+    **options: Any,
 ) -> list[Array]:
-    """The program in one kernel for each device, if there is one that takes it."""
-    x, weights, layers, others, _ = jax.tree.unflatten(tree, operands)
+    """The program in one kernel, which takes the options of these names, for each device."""
+    kernel = functools.partial(kernel, epilogue=epilogue, **{name: options[name] for name in names})
     rows = x.codes if isinstance(x, Activation) else x
     x_type, types = jax.typeof(rows), [jax.tree.map(jax.typeof, w) for w in weights]
-    kernel = choose(x, weights, shapes, epilogue=epilogue, **how)
-    if kernel is None:
-        return program(*operands)
     split, *more = (partition.Split.of(x_type, w, indexed=i is not None) for w, i in zip(types, layers, strict=True))
     result, *_ = program.out
     if split is None:
         reshaped = [a.reshape(shape) for a, shape in zip(others, shapes, strict=True)]
         out = kernel(x, weights, reshaped, layers=layers).reshape(result.shape)
     elif split.k or any(other != split for other in more):  # sums that are added up over devices first
-        return program(*operands)
+        return _meaning(x, weights, layers, others, beside, program=program)
     else:
         stack = rows.shape[:-2]
         shapes = [(*(stack if shape[0] > 1 else (1,) * len(stack)), *shape[1:]) for shape in shapes]
@@ -229,14 +232,14 @@ def on_each_device(
     return split.run(local, operands, (rows, [split.weight(w) for w in weights], specs, whole), split.rows(split.n))
 
 
-ad.primitive_jvps[fused_matmul_p] = _jvp
+_FUSED_MATMUL = primitive.define(
+    "fused_matmul",
+    meaning=_meaning,
+    platforms={"cuda": _cuda, "tpu": _tpu},
+    otherwise=primitive.SEPARATE,
+    type_of_result=_type,
+    on_mesh=lambda implementation: implementation,  # each splits its work itself
+    multiple_results=True,
+)
 
-batching.primitive_batchers[fused_matmul_p] = _batch
-
-mlir.register_lowering(fused_matmul_p, mlir.lower_fun(_composition, multiple_results=True))
-
-_KERNELS = {"cuda": _cuda, "tpu": _tpu}
-
-for _platform, _choose in _KERNELS.items():
-    _rule = partition.lowering(functools.partial(_in_one, _choose), plain=_composition, multiple_results=True)
-    mlir.register_lowering(fused_matmul_p, _rule, platform=_platform)
+fused_matmul_p = _FUSED_MATMUL.primitive

@@ -21,7 +21,7 @@ read as they lie, a bitcast:
 * TPU 7x multiplies every combination. For earlier TPUs XLA makes the conversion a part of the same operation: the
   weight is read once, a byte for each value. For earlier GPUs it first writes a copy of the weight in float16.
 * Layers of a stack: on TPU they are read in place. For NVIDIA GPUs XLA copies a layer out before it multiplies, as it
-  does with float ones. In `target_chip` the kernels of weight-only products (`matmul_gpu`) read it in place instead
+  does with float ones. In `target_chip` the kernels of weight-only products (`matmul/gpu.py`) read it in place instead
   where x has few rows; they multiply the codes in bfloat16.
 
 **Hopper adds fp8 products in fewer bits than float32 has**: about 14 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2,
@@ -33,26 +33,19 @@ The CPU multiplies in float32, block by block as `matmul_cpu` does.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
 
-from qjax.pallas_kernels.ops import partition
+from qjax.pallas_kernels.ops import partition, primitive
+from qjax.pallas_kernels.ops.fp8_matmul import cpu as fp8_matmul_cpu
+from qjax.pallas_kernels.ops.fp8_matmul import gpu as fp8_matmul_gpu
+from qjax.pallas_kernels.ops.fp8_matmul import reference
 from qjax.pallas_kernels.ops.fp8_matmul import sharded as fp8_matmul_sharded
-from qjax.pallas_kernels.ops.fp8_matmul.cpu import cpu_matmul
-from qjax.pallas_kernels.ops.fp8_matmul.gpu import cuda_matmul, xla_cuda_matmul
-from qjax.pallas_kernels.ops.fp8_matmul.reference import _any_precision
-from qjax.pallas_kernels.ops.primitive import batched_matmul
+from qjax.pallas_kernels.ops.primitive import Choice, Runs
 from qjax.pallas_kernels.packed.qtensor import QTensor
-
-fp8_matmul_p = Primitive("fp8_matmul")
 
 
 def fp8_matmul(
@@ -92,11 +85,18 @@ def fp8_matmul(
             f"qjax: fp8_matmul of x{list(x.shape)} with scales {list(scale.shape)} and a packed matrix of stack "
             f"{list(stack)}, K={w.layout.k}, N={w.layout.n}: x must be (*stack, rows, {w.layout.k}), one scale a row."
         )
-    leaves, tree = jax.tree.flatten(w)
-    if layer is not None:
-        leaves = [*leaves, jnp.asarray(layer, jnp.int32)]
-    out = fp8_matmul_p.bind(x, *leaves, tree=tree, indexed=layer is not None, precision=_precision(precision))
+    out = _FP8_MATMUL(x, w, layer=layer, precision=_precision(precision))
     return (out * scale).astype(out_dtype)
+
+
+def runs_as(platform: str, x: Any, scale: Any, w: QTensor, *, layer: Any = None) -> Runs:
+    """What `fp8_matmul` runs as on "cpu", "tpu" or "cuda", and why not on a kernel that would serve it better.
+
+    Args:
+        platform: where one device has the operands.
+        x, scale, w, layer: the operands or their types.
+    """
+    return _FP8_MATMUL.runs_as(platform, x, w, layer=layer, precision=lax.Precision.DEFAULT)
 
 
 def _precision(precision: Any) -> lax.Precision:
@@ -106,55 +106,28 @@ def _precision(precision: Any) -> lax.Precision:
     return lax.Precision.HIGHEST if any(p in above for p in each) else lax.Precision.DEFAULT
 
 
-def _unflatten(leaves: Any, params: dict[str, Any]) -> tuple[QTensor, Any]:
-    """The packed weight and the layer."""
-    leaves = list(leaves)
-    layer = leaves.pop() if params["indexed"] else None
-    return jax.tree.unflatten(params["tree"], leaves), layer
+def _type(x: Any, w: QTensor, *, layer: Any, precision: Any) -> Any:
+    shape = (*x.shape[:-1], w.layout.n)
+    return partition.result(shape, jnp.dtype(jnp.float32), x, w, indexed=layer is not None)
 
 
-def _with(implementation: Callable[..., Array]) -> Callable[..., Array]:
-    def lowered(x: Array, *leaves: Array, **params: Any) -> Array:
-        w, layer = _unflatten(leaves, params)
-        return implementation(x, w, layer=layer, precision=params["precision"])
-
-    return lowered
+def _cpu(x: Any, w: QTensor, **_: Any) -> Choice | str:
+    return Choice(Runs(fp8_matmul_cpu.formulation(x, w)), fp8_matmul_cpu.cpu_matmul)
 
 
-@functools.cache
-def _jitted(**params: Any) -> Callable[..., Array]:
-    return jax.jit(functools.partial(fp8_matmul_p.bind, **params))
-
-
-@fp8_matmul_p.def_impl
-def _impl(*operands: Array, **params: Any) -> Array:
-    return _jitted(**params)(*operands)
-
-
-@fp8_matmul_p.def_abstract_eval
-def _abstract_eval(x: Any, *leaves: Any, **params: Any) -> Any:
-    w, _ = _unflatten(leaves, params)
-    return partition.result((*x.shape[:-1], w.layout.n), jnp.dtype(jnp.float32), x, w, indexed=params["indexed"])
-
-
-def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Any]:
-    raise TypeError(
+_FP8_MATMUL = primitive.define(
+    "fp8_matmul",
+    meaning=reference.any_precision,
+    platforms={"cpu": _cpu, "cuda": fp8_matmul_gpu.choose},
+    otherwise=primitive.XLA_CODES,
+    type_of_result=_type,
+    derivative=primitive.no_derivative(
         "qjax: fp8_matmul has no derivative of its own: codes are rounded. Call it on stop_gradient values and add the "
         "straight-through derivative, as passes.rewrites.quantized_products does."
-    )
+    ),
+    batch=primitive.batched_product,
+    plain={"cuda": fp8_matmul_gpu.xla_cuda_matmul},
+    on_mesh=fp8_matmul_sharded.fp8_matmul,
+)
 
-
-ad.primitive_jvps[fp8_matmul_p] = _jvp
-
-batching.primitive_batchers[fp8_matmul_p] = functools.partial(batched_matmul, fp8_matmul_p)
-
-# A kernel is a row: what one device runs on that platform, and what XLA can split over several.
-_KERNELS = {
-    None: (_any_precision, _any_precision),
-    "cpu": (cpu_matmul, _any_precision),
-    "cuda": (cuda_matmul, xla_cuda_matmul),
-}
-
-for _platform, (_kernel, _plain) in _KERNELS.items():
-    _rule = partition.lowering(_with(fp8_matmul_sharded.fp8_matmul(_kernel)), plain=_with(_plain))
-    mlir.register_lowering(fp8_matmul_p, _rule, platform=_platform)
+fp8_matmul_p = _FP8_MATMUL.primitive

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -12,6 +14,7 @@ from jaxtyping import Array
 from qjax.pallas_kernels.ops.fp8_matmul import reference
 from qjax.pallas_kernels.ops.fp8_matmul.cpu import WEIGHT_ONLY
 from qjax.pallas_kernels.ops.matmul import gpu as matmul_gpu
+from qjax.pallas_kernels.ops.primitive import XLA_CODES, Choice, Runs
 from qjax.pallas_kernels.packed.qtensor import QTensor
 
 
@@ -27,10 +30,22 @@ def xla_cuda_matmul(x: Array, w: QTensor, *, layer: Any, precision: lax.Precisio
 _FEW_ROWS = 128
 
 
-def cuda_matmul(x: Array, w: QTensor, *, layer: Any, precision: lax.Precision) -> Array:
+def choose(x: Any, w: QTensor, *, layer: Any, **_: Any) -> Choice | str:
     """What one GPU runs: the weight-only kernel on a layer of a stack for few rows, else `xla_cuda_matmul`."""
+    reason = ""
     if layer is not None and x.shape[-2] <= _FEW_ROWS:  # XLA copies a layer out of its stack before it reads it
-        rows, columns = x.astype(jnp.bfloat16), dataclasses.replace(w, dtype=jnp.dtype(jnp.float32))
-        if matmul_gpu.unsupported(rows, columns, (), jnp.dtype(jnp.float32)) is None:
-            return matmul_gpu.matmul(rows, columns, layer=layer, **WEIGHT_ONLY)
-    return xla_cuda_matmul(x, w, layer=layer, precision=precision)
+        rows, columns = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), _columns(w)
+        module, runs = matmul_gpu.kernel(rows, columns, (), jnp.dtype(jnp.float32))
+        if not runs.reason:
+            return Choice(runs, functools.partial(_few_rows, module))
+        reason = runs.reason
+    return Choice(Runs(XLA_CODES, reason), xla_cuda_matmul)
+
+
+def _columns(w: QTensor) -> QTensor:
+    """The weight as the weight-only kernels multiply it: by rows in bfloat16, with sums in float32."""
+    return dataclasses.replace(w, dtype=jnp.dtype(jnp.float32))
+
+
+def _few_rows(module: Any, x: Array, w: QTensor, *, layer: Any, precision: lax.Precision) -> Array:
+    return module.matmul(x.astype(jnp.bfloat16), _columns(w), layer=layer, **WEIGHT_ONLY)

@@ -30,6 +30,7 @@ def matmul(
     return acc * stored_scales.resolve_scales(w.matrix_arrays()[1])
 
 
-def _any_precision(x: Array, w: QTensor, *, layer: Any, precision: lax.Precision) -> Array:
+def any_precision(x: Array, w: QTensor, *, layer: Any, precision: lax.Precision) -> Array:
+    """`matmul` where the precision changes nothing."""
     # A higher precision has XLA multiply several parts of each operand; float8 numbers have one.
     return matmul(x, w, layer=layer, precision=lax.Precision.DEFAULT)

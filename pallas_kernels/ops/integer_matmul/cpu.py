@@ -35,6 +35,7 @@ from qjax.pallas_kernels.numbers.exact import finite
 from qjax.pallas_kernels.numbers.stored_scales import Scales
 from qjax.pallas_kernels.ops.integer_matmul.reference import rescale
 from qjax.pallas_kernels.ops.matmul import cpu as matmul_cpu
+from qjax.pallas_kernels.ops.primitive import XLA_BLOCKS, XLA_CODES, XLA_NO_DOT
 from qjax.pallas_kernels.packed.layout import Layout
 from qjax.pallas_kernels.packed.qtensor import QTensor, layer_index, pick_layer
 
@@ -70,11 +71,8 @@ def matmul(
     n, matrices = w.layout.n, math.prod(stack)
     if 0 in (*x.shape, n):
         return jnp.zeros((*stack, m, n), out_dtype)
-    small = k * n <= BLOCK_VALUES and matrices * k * n <= _STACK_BLOCKS * BLOCK_VALUES
-    step = None
-    if m == 1 and k * n > _LEAST_WITHOUT_DOT * BLOCK_VALUES and (w.spec.format.bits < 8 or not stack):
-        step = _step_without_dot(w, group)
-    if step is None and (small or (w.spec.format.bits == 8 and layer is None)):
+    name, step = formulation(x, w, layer)
+    if name == XLA_CODES:
         w = pick_layer(w, layer)
         scales = _plain(w)
         out = jnp.zeros((*stack, m, n), jnp.float32)
@@ -101,6 +99,22 @@ def matmul(
     else:
         out = one(x, zero, first)
     return rescale(out, scale, out_dtype)
+
+
+def formulation(x: Any, w: QTensor, layer: Any) -> tuple[str, int | None]:
+    """What a product runs as, from shapes alone, and the codes in a step of the loop without a dot.
+
+    Args:
+        x, w, layer: the operands or their types.
+    """
+    *stack, m, k = x.shape
+    n, matrices = w.layout.n, math.prod(stack)
+    if m == 1 and k * n > _LEAST_WITHOUT_DOT * BLOCK_VALUES and (w.spec.format.bits < 8 or not stack):
+        step = _step_without_dot(w, w.group_size)
+        if step is not None:
+            return XLA_NO_DOT, step
+    small = k * n <= BLOCK_VALUES and matrices * k * n <= _STACK_BLOCKS * BLOCK_VALUES
+    return XLA_CODES if small or (w.spec.format.bits == 8 and layer is None) else XLA_BLOCKS, None
 
 
 # --- Operands --------------------------------------------------------------------------------------------------

@@ -1,35 +1,24 @@
 """`quantized_matmul(x, w)`: a product with a packed weight, as one JAX primitive.
 
-A primitive, so that each platform has a lowering of its own and one exported program can carry several
-(`lax.platform_dependent` cannot be exported for more than one platform). All platforms mean
-`matmul_reference.matmul`; a kernel is a faster way to say it. It is linear in x: JVP and transpose are defined in
-x, and asking for a gradient in the packed weight is an error. `vmap` over x, the weight or both gives one batched
-product.
+All platforms mean `reference.matmul`; a kernel is a faster way to say it. It is linear in x: JVP and transpose are
+defined in x, and asking for a gradient in the packed weight is an error. `vmap` over x, the weight or both gives one
+batched product.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
 
-from qjax.pallas_kernels.ops import partition
+from qjax.pallas_kernels.ops import partition, primitive
 from qjax.pallas_kernels.ops.matmul import cpu as matmul_cpu
 from qjax.pallas_kernels.ops.matmul import gpu as matmul_gpu
 from qjax.pallas_kernels.ops.matmul import reference
 from qjax.pallas_kernels.ops.matmul import sharded as matmul_sharded
-from qjax.pallas_kernels.ops.matmul import tpu as matmul_tpu
-from qjax.pallas_kernels.ops.primitive import batched_matmul, unflatten, with_options
+from qjax.pallas_kernels.ops.primitive import Choice, Runs
 from qjax.pallas_kernels.packed.qtensor import QTensor
-
-quantized_matmul_p = Primitive("quantized_matmul")
 
 
 def quantized_matmul(
@@ -60,7 +49,6 @@ def quantized_matmul(
     Raises:
         TypeError: the shapes do not fit.
     """
-    leaves, tree = jax.tree.flatten(w)
     stack = w.words.shape[:-2][layer is not None :]
     k, n = w.layout.k, w.layout.n
     inner = n if transpose else k
@@ -69,13 +57,10 @@ def quantized_matmul(
             f"qjax: quantized_matmul of x{list(x.shape)} with a packed matrix of stack {list(stack)}, K={k}, "
             f"N={n}{', transposed' if transpose else ''}: x must be (*stack, rows, {inner})."
         )
-    if layer is not None:
-        leaves = [*leaves, jnp.asarray(layer, jnp.int32)]
-    return quantized_matmul_p.bind(
+    return _MATMUL(
         x,
-        *leaves,
-        tree=tree,
-        indexed=layer is not None,
+        w,
+        layer=layer,
         casts=tuple(jnp.dtype(c) for c in casts),
         precision=precision,
         preferred_element_type=preferred_element_type,
@@ -83,61 +68,63 @@ def quantized_matmul(
     )
 
 
-@functools.cache
-def _jitted(**params: Any) -> Callable[..., Array]:
-    return jax.jit(functools.partial(quantized_matmul_p.bind, **params))
+def runs_as(
+    platform: str,
+    x: Any,
+    w: QTensor,
+    *,
+    casts: tuple[Any, ...] = (),
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    transpose: bool = False,
+) -> Runs:
+    """What `quantized_matmul` runs as on "cpu", "tpu" or "cuda", and why not on its best kernel.
+
+    Args:
+        platform: where one device has the operands.
+        x, w: the operands or their types.
+        casts, precision, preferred_element_type, transpose: as for `quantized_matmul`.
+    """
+    how: dict[str, Any] = {"casts": casts, "precision": precision, "preferred_element_type": preferred_element_type}
+    return _MATMUL.runs_as(platform, x, w, layer=None, transpose=transpose, **how)
 
 
-@quantized_matmul_p.def_impl
-def _impl(*operands: Array, **params: Any) -> Array:
-    return _jitted(**params)(*operands)
-
-
-@quantized_matmul_p.def_abstract_eval
-def _abstract_eval(x: Any, *leaves: Any, **params: Any) -> Any:
-    w, _, _ = unflatten(leaves, params)
-    transpose, indexed = params["transpose"], params["indexed"]
+def _type(x: Any, w: QTensor, *, layer: Any, casts: Any, preferred_element_type: Any, transpose: bool, **_: Any) -> Any:
     shape = (*x.shape[:-1], w.layout.k if transpose else w.layout.n)
-    dtype = reference.result_dtype(x, w, params["casts"], params["preferred_element_type"])
-    return partition.result(shape, dtype, x, w, indexed=indexed, transpose=transpose)
+    dtype = reference.result_dtype(x, w, casts, preferred_element_type)
+    return partition.result(shape, dtype, x, w, indexed=layer is not None, transpose=transpose)
 
 
-def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Any]:
-    for primal, tangent in zip(primals[1:], tangents[1:], strict=True):
-        if type(tangent) is not ad.Zero and jnp.issubdtype(primal.dtype, jnp.inexact):
-            raise TypeError(
-                "qjax: quantized_matmul has no gradient in its packed weight: the codes are integers. "
-                "Differentiate with respect to other variables, or train the float variables (fake-quant) "
-                "and convert afterwards."
-            )
-    out = quantized_matmul_p.bind(*primals, **params)
-    if type(tangents[0]) is ad.Zero:
-        return out, ad.Zero(tangents[0].aval.update(shape=out.shape, dtype=out.dtype))
-    return out, quantized_matmul_p.bind(tangents[0], *primals[1:], **params)
+def _cpu(x: Any, w: QTensor, *, casts: Any, preferred_element_type: Any, transpose: bool, **_: Any) -> Choice | str:
+    out_dtype = reference.result_dtype(x, w, casts, preferred_element_type)
+    formulation = matmul_cpu.formulation(x, w, casts, out_dtype, transpose)
+    return Choice(Runs(formulation.name), matmul_cpu.matmul)
 
 
-def _transpose(cotangent: Any, x: Any, *leaves: Any, **params: Any) -> list[Any]:
-    if type(cotangent) is ad.Zero:
-        return [ad.Zero(x.aval)] + [None] * len(leaves)
-    params = {**params, "transpose": not params["transpose"], "preferred_element_type": None}
-    out = quantized_matmul_p.bind(cotangent, *leaves, **params)
-    return [partition.like(lax.convert_element_type(out, x.aval.dtype), x.aval)] + [None] * len(leaves)
+def _cuda(
+    x: Any, w: QTensor, *, casts: Any, precision: Any, preferred_element_type: Any, transpose: bool, **_: Any
+) -> Choice | str:
+    out_dtype = reference.result_dtype(x, w, casts, preferred_element_type)
+    module, runs = matmul_gpu.kernel(x, w, casts, out_dtype, precision=precision, transpose=transpose)
+    return Choice(runs, (module or reference).matmul)
 
 
-ad.primitive_jvps[quantized_matmul_p] = _jvp
+def _tpu(x: Any, w: QTensor, *, casts: Any, preferred_element_type: Any, **_: Any) -> Choice | str:
+    from qjax.pallas_kernels.ops.matmul import tpu as matmul_tpu
 
-ad.primitive_transposes[quantized_matmul_p] = _transpose
+    out_dtype = reference.result_dtype(x, w, casts, preferred_element_type)
+    return matmul_tpu.unsupported(x, w, casts, out_dtype) or Choice(Runs(primitive.TPU_KERNEL), matmul_tpu.matmul)
 
-batching.primitive_batchers[quantized_matmul_p] = functools.partial(batched_matmul, quantized_matmul_p)
 
-# A kernel is a row: what one device runs on that platform.
-_KERNELS = {
-    None: reference.matmul,
-    "cpu": matmul_cpu.matmul,
-    "cuda": matmul_gpu.matmul,
-    "tpu": matmul_tpu.matmul,
-}
+_MATMUL = primitive.define(
+    "quantized_matmul",
+    meaning=reference.matmul,
+    platforms={"cpu": _cpu, "cuda": _cuda, "tpu": _tpu},
+    otherwise=primitive.XLA,
+    type_of_result=_type,
+    derivative=primitive.linear_in_x,
+    batch=primitive.batched_product,
+    on_mesh=matmul_sharded.matmul,
+)
 
-for _platform, _kernel in _KERNELS.items():
-    _rule = partition.lowering(with_options(matmul_sharded.matmul(_kernel)), plain=with_options(reference.matmul))
-    mlir.register_lowering(quantized_matmul_p, _rule, platform=_platform)
+quantized_matmul_p = _MATMUL.primitive

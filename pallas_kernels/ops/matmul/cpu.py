@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax.pallas_kernels.numbers import packing, stored_scales
 from qjax.pallas_kernels.ops.matmul import reference
+from qjax.pallas_kernels.ops.primitive import XLA, XLA_BLOCKS, XLA_NO_DOT
 from qjax.pallas_kernels.packed.layout import Layout
 from qjax.pallas_kernels.packed.qtensor import QTensor, layer_index
 
@@ -54,10 +55,10 @@ def matmul(
     transpose: bool,
 ) -> Float[Array, "*stack M _"]:
     """What `reference.matmul` computes, up to the order of the sum; arguments as there."""
-    size = _block_size(w, BLOCK_VALUES // max(1, w.layout.n if w.order == "kn" else w.layout.k))
     out_dtype = reference.result_dtype(x, w, casts, preferred_element_type)
-    float32_holds_sums = out_dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
-    if w.layout.k * w.layout.n <= BLOCK_VALUES or size is None or not float32_holds_sums:
+    chosen = formulation(x, w, casts, out_dtype, transpose)
+    size, step = chosen.size, chosen.step
+    if size is None:
         return reference.matmul(
             x,
             w,
@@ -67,7 +68,6 @@ def matmul(
             preferred_element_type=preferred_element_type,
             transpose=transpose,
         )
-    step = _step_without_dot(x, w, casts, out_dtype, transpose)
 
     stack, lead = x.shape[:-2], w.words.shape[:-2]
     whole = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), w)  # one axis in front of the matrices
@@ -87,6 +87,37 @@ def matmul(
     flat = x.reshape(-1, *x.shape[-2:])
     out = lax.map(lambda each: one(*each), (flat, first + jnp.arange(math.prod(stack), dtype=jnp.int32)))
     return out.reshape(*stack, *out.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Formulation:
+    """Which of the three computes a product.
+
+    Attributes:
+        name: what the product runs as.
+        size: stored rows of a block, in values; None for the reference.
+        step: codes in a step of the loop without a dot, or None.
+    """
+
+    name: str
+    size: int | None = None
+    step: int | None = None
+
+
+def formulation(x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any, transpose: bool) -> Formulation:
+    """The one that serves, from shapes and dtypes alone.
+
+    Args:
+        x, w: the operands or their types.
+        casts, transpose: as for `matmul`.
+        out_dtype: of the result.
+    """
+    size = _block_size(w, BLOCK_VALUES // max(1, w.layout.n if w.order == "kn" else w.layout.k))
+    float32_holds_sums = out_dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+    if w.layout.k * w.layout.n <= BLOCK_VALUES or size is None or not float32_holds_sums:
+        return Formulation(XLA)
+    step = _step_without_dot(x, w, casts, out_dtype, transpose)
+    return Formulation(XLA_BLOCKS if step is None else XLA_NO_DOT, size, step)
 
 
 # --- Blocks ----------------------------------------------------------------------------------------------------
@@ -183,7 +214,7 @@ def _by_blocks(
 # --- One row of x, integers: no dot ---------------------------------------------------------------------------------
 
 
-def _step_without_dot(x: Array, w: QTensor, casts: tuple[Any, ...], out_dtype: Any, transpose: bool) -> int | None:
+def _step_without_dot(x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any, transpose: bool) -> int | None:
     """Codes in a step of the loop without a dot, or None where that formulation does not serve.
 
     It scales after the sum, so a weight is never rounded to a narrower dtype as the reference rounds it. That is a

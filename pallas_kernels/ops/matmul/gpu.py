@@ -1,8 +1,8 @@
 """`quantized_matmul` and `fused_matmul` on NVIDIA GPUs: which kernel a product runs on.
 
-`matmul_mosaic_gpu` on Hopper, where the words of a column lie together (order "nk"); `matmul_triton` on Ampere and
-later for everything else that it takes; the reference for the rest. `unsupported` says why. Products with an epilogue
-run on the same kernel as those without; what its operations are not made for stays the program that it was.
+`mosaic` on Hopper, where the words of a column lie together (order "nk"); `triton` on Ampere and later for everything
+else that it takes; the reference for the rest. `kernel` says which, and why. Products with an epilogue run on the same
+kernel as those without; what its operations are not made for stays the program that it was.
 
 **Only in `target_chip`.** None of these kernels has run on a GPU yet: they were interpreted on CPU and compiled. So a
 program on a GPU runs the reference, unless it is made in `with target_chip("h100"):` or the like.
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qjax.pallas_kernels.backends.epilogue import Epilogue
-from qjax.pallas_kernels.chips import gpu as gpu_chips
-from qjax.pallas_kernels.chips.gpu import AMPERE, HOPPER
+from qjax.pallas_kernels.ops import primitive
 from qjax.pallas_kernels.ops.matmul import reference
+from qjax.pallas_kernels.ops.primitive import Runs
 from qjax.pallas_kernels.packed.qtensor import QTensor
 
 
@@ -35,8 +35,8 @@ def matmul(
 ) -> Float[Array, "*stack M _"]:
     """What `matmul_reference.matmul` computes, up to rounding; arguments as for it."""
     out_dtype = reference.result_dtype(x, w, casts, preferred_element_type)
-    kernel, _ = _choose(x, w, casts, out_dtype, precision, transpose)
-    return (kernel or reference).matmul(
+    module, _ = kernel(x, w, casts, out_dtype, precision=precision, transpose=transpose)
+    return (module or reference).matmul(
         x,
         w,
         layer=layer,
@@ -45,13 +45,6 @@ def matmul(
         preferred_element_type=preferred_element_type,
         transpose=transpose,
     )
-
-
-def unsupported(
-    x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any, *, precision: Any = None, transpose: bool = False
-) -> str | None:
-    """Why a product is left to the reference, or why it is not on the fastest kernel; None if it is."""
-    return _choose(x, w, casts, out_dtype, precision, transpose)[1]
 
 
 def fused_matmul(
@@ -78,54 +71,83 @@ def fused_matmul(
         epilogue: what is made of the products.
     """
     how: dict[str, Any] = {"casts": casts, "precision": precision, "preferred_element_type": preferred_element_type}
-    kernel, _ = _choose_fused(x, weights, casts, epilogue, precision)
-    if kernel is not None:
-        return kernel.fused_matmul(x, weights, others, layers=layers, epilogue=epilogue, **how)
+    module, _ = fused_kernel(x, weights, casts, epilogue, precision=precision)
+    if module is not None:
+        return module.fused_matmul(x, weights, others, layers=layers, epilogue=epilogue, **how)
     *stack, m, _ = x.shape
     products = [matmul(x, w, layer=layer, transpose=False, **how) for w, layer in zip(weights, layers, strict=True)]
     products = [a.reshape(-1, m, a.shape[-1]).astype(jnp.float32) for a in products]
     return epilogue(products, others).reshape(*stack, m, -1)
 
 
-def unsupported_fused(
+def kernel(
+    x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any, *, precision: Any = None, transpose: bool = False
+) -> tuple[Any, Runs]:
+    """The module whose `matmul` computes a product, or None where the reference does, and what that runs as.
+
+    Args:
+        x: activations, or anything with a shape and a dtype.
+        w: the packed weight; arrays or anything with a shape and a dtype.
+        casts, precision, transpose: as for `matmul`.
+        out_dtype: of the result.
+    """
+
+    def unsupported(module: Any) -> str | None:
+        return module.unsupported(x, w, casts, out_dtype, precision=precision, transpose=transpose)
+
+    return primitive.gpu_kernel(_KERNELS, unsupported, primitive.XLA)
+
+
+def fused_kernel(
     x: Any, weights: Sequence[QTensor], casts: tuple[Any, ...], epilogue: Epilogue, *, precision: Any = None
-) -> str | None:
-    """Why no kernel computes products with their epilogue, or None; operands are anything with shapes and dtypes."""
-    kernel, reason = _choose_fused(x, weights, casts, epilogue, precision)
-    return None if kernel else reason
+) -> tuple[Any, Runs]:
+    """The module whose `fused_matmul` computes products with their epilogue, or None, and what that runs as.
+
+    Args:
+        x, casts, precision: as for `kernel`.
+        weights: packed alike.
+        epilogue: what is made of the products.
+    """
+    module, runs = kernel(x, weights[0], casts, epilogue.dtype, precision=precision)
+    if module is None:
+        return None, Runs(primitive.SEPARATE, runs.reason)
+    reason = module.unsupported_epilogue(epilogue)
+    return (None, Runs(primitive.SEPARATE, reason)) if reason else (module, runs)
 
 
-def _choose_fused(
-    x: Any, weights: Sequence[QTensor], casts: tuple[Any, ...], epilogue: Epilogue, precision: Any
-) -> tuple[Any, str | None]:
-    """The module of the kernel, or None, and why there is none."""
-    kernel, reason = _choose(x, weights[0], casts, epilogue.dtype, precision, transpose=False)
-    reason = kernel.unsupported_epilogue(epilogue) if kernel else reason
-    return (None, reason) if reason else (kernel, None)
+def joint_kernel(
+    x: Any, weights: Sequence[QTensor], casts: tuple[Any, ...], out_dtypes: Sequence[Any], *, precision: Any = None
+) -> tuple[Any, Runs]:
+    """The module whose `joint_matmul` computes several products at once, or None, and what that runs as.
+
+    Args:
+        x, casts, precision: as for `kernel`.
+        weights: alike but for N.
+        out_dtypes: of the results.
+    """
+
+    def unsupported(module: Any) -> str | None:
+        reasons = (
+            module.unsupported(x, w, casts, out_dtype, precision=precision)
+            for w, out_dtype in zip(weights, out_dtypes, strict=True)
+        )
+        return next(filter(None, reasons), None)
+
+    hopper = {primitive.HOPPER_KERNEL: _KERNELS[primitive.HOPPER_KERNEL]}
+    return primitive.gpu_kernel(hopper, unsupported, primitive.SEPARATE)
 
 
-def _choose(
-    x: Any, w: QTensor, casts: tuple[Any, ...], out_dtype: Any, precision: Any, transpose: bool
-) -> tuple[Any, str | None]:
-    """The module of the kernel, or None, and what speaks against the faster one."""
-    chip = gpu_chips.asked_for()
-    if chip is None:
-        return None, 'kernels for GPU, which none has run yet, are used in target_chip("h100") only'
-    from qjax.pallas_kernels.backends import triton
+def _mosaic() -> Any:
     from qjax.pallas_kernels.ops.matmul import mosaic as matmul_mosaic
-    from qjax.pallas_kernels.ops.matmul import (
-        triton as matmul_triton,  # a backend that every other platform can do without
-    )
 
-    operands: dict[str, Any] = {"precision": precision, "transpose": transpose}
-    reason = None
-    if chip.capability == HOPPER:
-        reason = matmul_mosaic.unsupported(x, w, casts, out_dtype, **operands)
-        if reason is None:
-            return matmul_mosaic, None
-    if chip.capability < AMPERE:
-        return None, "the kernels are for GPUs of compute capability 8.0 and later"
-    slower = matmul_triton.unsupported(x, w, casts, out_dtype, **operands)
-    if slower is None and not triton.finds_device():
-        slower = "from jax 0.11 on Triton needs a GPU, or the abstract one of a mesh (jax.sharding.use_abstract_mesh)"
-    return (None, slower) if slower else (matmul_triton, reason)
+    return matmul_mosaic
+
+
+def _triton() -> Any:
+    from qjax.pallas_kernels.ops.matmul import triton as matmul_triton
+
+    return matmul_triton
+
+
+_KERNELS = {primitive.HOPPER_KERNEL: _mosaic, primitive.TRITON_KERNEL: _triton}
+"""A row for each kernel, the fastest first."""

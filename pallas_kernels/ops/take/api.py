@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qjax.pallas_kernels.numbers import numerics, packing
+from qjax.pallas_kernels.ops.primitive import XLA, Runs
 from qjax.pallas_kernels.packed.qtensor import QTensor
 
 
@@ -35,3 +37,8 @@ def quantized_take(w: QTensor, indices: Int[Array, "*B"], *, fill_value: float |
     if fill_value is not None:
         out = jnp.where(inside[:, None], out, jnp.asarray(fill_value, out.dtype))
     return out.reshape(*indices.shape, w.layout.k)
+
+
+def runs_as(platform: str, w: QTensor, indices: Any) -> Runs:
+    """What `quantized_take` runs as: XLA picks rows and dequantizes them, on every platform."""
+    return Runs(XLA)
