@@ -9,17 +9,14 @@ from typing import Any
 
 import jax
 from flax import nnx
-from flax.core import meta
-from flax.core.scope import in_filter
 
 from qjax.artifact.signature import is_array, plain, split_fixed
 from qjax.artifact.state import changed_state
 from qjax.checkpoint.leaves import Leaf
-from qjax.checkpoint.orbax import is_leaf, leaves_of
-from qjax.models.function import QuantizedFunction
-from qjax.models.linen import QuantizedLinen
-from qjax.models.lora import LoraNNX
-from qjax.models.nnx import QuantizedNNX, nnx_state, with_nnx_values
+from qjax.checkpoint.orbax import check_unadapted, leaves_of
+from qjax.models import verbs
+from qjax.models.binding import Binding, Inputs, is_leaf
+from qjax.models.frameworks import binding_of
 
 # --- A model as a function of weights and state ------------------------------------------------------------------
 
@@ -44,74 +41,42 @@ class BoundCall:
 
 
 def bind_call(q: Any, variables: Any, args: tuple, kwargs: dict[str, Any], method: Any, mutable: Any) -> BoundCall:
-    """The call of any kind of wrapped model as a function of arrays."""
-    if isinstance(q, LoraNNX):
-        raise TypeError("qjax: export takes an NNX module without adapters: merge them first, q = q.merge(...).")
-    if isinstance(q, QuantizedNNX):
-        return _bind_nnx(q, variables, args, kwargs, method, mutable)
-    if not isinstance(q, QuantizedLinen | QuantizedFunction):
+    """The call of a wrapped model of any framework as a function of arrays; arguments and errors as for `export`."""
+    binding = binding_of(q)
+    if binding is None:
         raise TypeError(f"qjax: export takes what qjax.quantize gave, not {type(q).__name__}.")
-    if variables is None:
+    check_unadapted(binding, q, "export")
+    binding.check_held(variables, "export(path, q, None, *inputs)")
+    if not binding.holds_variables and variables is None:
         raise TypeError(f"qjax: export needs packed variables for {type(q).__name__}: export(path, q, packed, ...).")
-    variables = meta.unbox(variables)
-    if isinstance(q, QuantizedFunction):
-        if method is not None or mutable is not False:
-            raise TypeError("qjax: a function has neither method nor mutable; pass what it takes as its own arguments.")
-        how, changed, names = {}, [], _names(q.fn)
-    else:
-        how = {"method": method, "mutable": mutable}
-        changed = sorted(name for name in variables if name != "params" and in_filter(mutable, name))
-        names = _names(method if callable(method) else getattr(type(q.module), method or "__call__"))
-    weights = {name: tree for name, tree in variables.items() if name not in changed} if changed else variables
-    tree = jax.tree.structure(weights, is_leaf=is_leaf)
+    inputs = Inputs(args, kwargs, binding.options(method=method, mutable=mutable))
+    whole = binding.tree(q, variables)
+    changed = binding.changing(whole, inputs)
+    if changed is None:
+        changed = _found_changing(binding, q, whole, inputs)
+    weights = {name: tree for name, tree in whole.items() if name not in changed} if changed else whole
+    structure = jax.tree.structure(weights, is_leaf=is_leaf)
 
     def run(values: list[Any], state: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        own = jax.tree.unflatten(tree, values)
-        out = q.apply({**own, **state} if changed else own, *args, **how, **kwargs)
-        if mutable is False:
-            return out, None
-        out, updates = out
-        rest = {name: tree for name, tree in updates.items() if name not in (*changed, "params")}
-        return ((out, rest) if rest else out), {name: updates[name] for name in changed}
+        own = jax.tree.unflatten(structure, values)
+        given = Inputs(args, kwargs, inputs.options)
+        out, after = binding.run(q, {**own, **state} if changed else own, given, changed)
+        return out, after or None
 
-    plan = q.plan(variables, *args, **how, **kwargs)
-    state = {name: variables[name] for name in changed} or None
-    return BoundCall(leaves_of(q, weights), state, run, plan, names)
+    plan = verbs.plan(binding, q, binding.split(q, None if binding.holds_variables else whole), inputs)
+    state = {name: whole[name] for name in changed} or None
+    return BoundCall(leaves_of(binding, q, weights), state, run, plan, _names(binding.callee(q, inputs)))
 
 
-def _bind_nnx(
-    q: QuantizedNNX, variables: Any, args: tuple, kwargs: dict[str, Any], method: Any, mutable: Any
-) -> BoundCall:
-    if variables is not None:
-        raise TypeError("qjax: an NNX module holds its own variables: export(path, q, None, *inputs).")
-    if mutable is not False:
-        raise TypeError("qjax: mutable is for Linen modules; an NNX module holds its own state.")
-    names = [name for name, _, _ in nnx_state(q.model)]
-    ranges = list(q.ranges.values())
+def _found_changing(binding: Binding, q: Any, tree: dict[str, Any], inputs: Inputs) -> list[str]:
+    """The entries of a tree that a call changes such that something depends on it, found in its program."""
 
-    def run_all(values: Mapping[str, Any], args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        model = with_nnx_values(q.model, {name: values[name] for name in names})
-        module = QuantizedNNX(model, q.recipe)
-        module.ranges.set({name: values[name] for name in ranges})
-        out = module(*args, method=method, **kwargs)
-        return out, {name: v.get_value() for name, _, v in nnx_state(module.model) if name in names}
-
-    def traced(values: Mapping[str, Any], given: Any) -> tuple[list[Any], dict[str, Any]]:
-        out, after = run_all(values, *original_call((args, kwargs), given))
+    def traced(tree: dict[str, Any], given: Any) -> tuple[list[Any], dict[str, Any]]:
+        args, kwargs = original_call((inputs.args, inputs.kwargs), given)
+        out, after = binding.run(q, tree, Inputs(args, kwargs, inputs.options), list(tree))
         return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)], after
 
-    values = {name: v.get_value() for name, _, v in nnx_state(q.model)} | q.ranges.values()
-    changed = changed_state(traced, values, array_inputs(args, kwargs)[0])
-    kept = [name for name in values if name not in changed]
-
-    def run(given: list[Any], state: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        out, after = run_all({**dict(zip(kept, given, strict=True)), **(state or {})}, args, kwargs)
-        return out, {name: after[name] for name in changed} or None
-
-    names_of_inputs = _names(method if callable(method) else getattr(type(q.model), method or "__call__"))
-    plan = q.plan(*args, method=method, **kwargs)
-    state = {name: values[name] for name in changed} or None
-    return BoundCall(leaves_of(q, None, without=changed), state, run, plan, names_of_inputs)
+    return changed_state(traced, tree, array_inputs(inputs.args, inputs.kwargs)[0])
 
 
 def _names(fn: Callable[..., Any]) -> tuple[str, ...]:

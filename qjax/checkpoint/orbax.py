@@ -6,46 +6,35 @@ A checkpoint is written beside its destination and renamed into place, so a run 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from flax.core import meta
 
 from qjax.checkpoint.folder import CheckpointError, library_versions, new_folder, read_manifest
 from qjax.checkpoint.leaves import Leaf, Shardings, assemble, group, nested, read_leaves, steps_of, write_leaves
 from qjax.models.arrange import arrange
-from qjax.models.nnx import QuantizedNNX, nnx_state, with_nnx_values
+from qjax.models.binding import RANGES, Binding
+from qjax.models.frameworks import binding_of
 from qjax.models.quantize import quantize
 from qjax.pallas_kernels.ops.partition import check_placement
 from qjax.pallas_kernels.packed.qcache import QCache
-from qjax.pallas_kernels.packed.qtensor import QTensor, is_packed
+from qjax.pallas_kernels.packed.qtensor import QTensor
 from qjax.passes.jaxpr.trace import key_name
 from qjax.recipes import Recipe
 
-_RANGES = "ranges:"
-"""Begins the path of a range of an NNX module, which is no variable of the model."""
 
+def leaves_of(binding: Binding, q: Any, tree: Any) -> list[Leaf]:
+    """The variables of a model, given as `Binding.tree`, or a part of it.
 
-def leaves_of(q: Any, variables: Any, without: Collection[str] = ()) -> list[Leaf]:
-    """The variables of a model; arguments as for `save`, and variables of an NNX module that are left out."""
-    if isinstance(q, QuantizedNNX):
-        if variables is not None:
-            raise TypeError("qjax: an NNX module holds its own variables: save(path, q).")
-        leaves = [
-            Leaf(name, [["d" if isinstance(k, str) else "i", k] for k in path], variable.get_value())
-            for name, path, variable in nnx_state(q.model)
-            if name not in without
-        ]
-        leaves += [Leaf(f"{_RANGES}{name}", [["d", f"{_RANGES}{name}"]], a) for name, a in q.ranges.values().items()]
-    elif variables is None:
-        raise TypeError("qjax: save needs the packed variables: save(path, q, packed).")
-    else:
-        leaves = []
-        for path, value in jax.tree_util.tree_flatten_with_path(meta.unbox(variables), is_leaf=is_leaf)[0]:
-            name = "/".join(map(key_name, path))
-            leaves.append(Leaf(name, steps_of(path, name), value if hasattr(value, "dtype") else np.asarray(value)))
+    Raises:
+        TypeError: a container that a checkpoint cannot rebuild, or a packed key-value cache.
+    """
+    leaves = []
+    for path, value in binding.key_paths(q, tree):
+        name = "/".join(map(key_name, path))
+        leaves.append(Leaf(name, steps_of(path, name), value if hasattr(value, "dtype") else np.asarray(value)))
     for leaf in leaves:
         if isinstance(leaf.value, QCache):
             raise TypeError(
@@ -55,9 +44,10 @@ def leaves_of(q: Any, variables: Any, without: Collection[str] = ()) -> list[Lea
     return leaves
 
 
-def is_leaf(value: Any) -> bool:
-    """Whether a node of a tree of variables is one variable."""
-    return is_packed(value) or isinstance(value, QCache)
+def check_unadapted(binding: Binding, q: Any, verb: str) -> None:
+    """Refuses a model that holds adapters among its variables: they have no place in the float model."""
+    if binding.holds_variables and isinstance(q, binding.adapted):
+        raise TypeError(f"qjax: {verb} takes {binding.title} without adapters: merge them first, q = q.merge(...).")
 
 
 # --- Writing -------------------------------------------------------------------------------------------------
@@ -74,9 +64,16 @@ def save(path: str | os.PathLike[str], q: Any, variables: Any = None, *, overwri
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is not set.
-        TypeError: a container in `variables` that is no dict, list or tuple.
+        TypeError: `q` is no quantized model, or a container in `variables` is no dict, list or tuple.
     """
-    leaves = leaves_of(q, variables)
+    binding = binding_of(q)
+    if binding is None:
+        raise TypeError(f"qjax: save takes what qjax.quantize gave, not {type(q).__name__}.")
+    check_unadapted(binding, q, "save")
+    binding.check_held(variables, "save(path, q)")
+    if not binding.holds_variables and variables is None:
+        raise TypeError("qjax: save needs the packed variables: save(path, q, packed).")
+    leaves = leaves_of(binding, q, binding.tree(q, variables))
     with new_folder(path, overwrite) as folder:
         write_leaves(folder, header(q), leaves)
 
@@ -136,25 +133,25 @@ def restore(
                 check_placement(part, entry["path"])
     if chip is not None:
         leaves = [(entry, arrange(value, chip)) for entry, value in leaves]
-    if isinstance(q, QuantizedNNX):
-        return _into_nnx(q, {e["path"]: value for e, value in leaves}, partial=subtree is not None)
-    return q, nested([(entry["steps"], value) for entry, value in leaves])
+    binding = binding_of(q)
+    assert binding is not None, "quantize gave it"
+    if not binding.holds_variables:
+        return q, nested([(entry["steps"], value) for entry, value in leaves])
+    values = {entry["path"]: value for entry, value in leaves}
+    _check_variables(binding.tree(q, None), values, partial=subtree is not None)
+    return binding.with_tree(q, values)
 
 
-def _into_nnx(q: QuantizedNNX, values: dict[str, Any], *, partial: bool) -> QuantizedNNX:
-    ranges = {path.removeprefix(_RANGES): a for path, a in values.items() if path.startswith(_RANGES)}
-    values = {path: value for path, value in values.items() if not path.startswith(_RANGES)}
-    names = {name: variable for name, _, variable in nnx_state(q.model)}
-    if extra := sorted(set(values) - set(names)):
+def _check_variables(expected: Mapping[str, Any], values: Mapping[str, Any], *, partial: bool) -> None:
+    """The values of a checkpoint are those of a model that holds its variables; it begins without ranges."""
+    values = {path: value for path, value in values.items() if not path.startswith(RANGES)}
+    if extra := sorted(set(values) - set(expected)):
         raise CheckpointError(f"qjax: the checkpoint has {extra[0]!r}, the model has not: another model was saved.")
-    if not partial and (missing := sorted(set(names) - set(values))):
+    if not partial and (missing := sorted(set(expected) - set(values))):
         raise CheckpointError(f"qjax: the model has {missing[0]!r}, the checkpoint has not: another model was saved.")
     for name, value in values.items():
-        expected = tuple(names[name].get_value().shape)
-        if tuple(value.shape) != expected:
+        shape = tuple(expected[name].shape)
+        if tuple(value.shape) != shape:
             raise CheckpointError(
-                f"qjax: {name!r} is {list(value.shape)} in the checkpoint but {list(expected)} in the model."
+                f"qjax: {name!r} is {list(value.shape)} in the checkpoint but {list(shape)} in the model."
             )
-    out = QuantizedNNX(with_nnx_values(q.model, values), q.recipe)
-    out.ranges.set(ranges)
-    return out

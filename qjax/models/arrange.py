@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from qjax.models.nnx import QuantizedNNX, nnx_state, with_nnx_values
+from qjax.models.frameworks import binding_of
 from qjax.pallas_kernels.chips import gpu as gpu_chips
 from qjax.pallas_kernels.chips import target
 from qjax.pallas_kernels.ops.matmul import arranged as matmul_arranged
@@ -37,11 +37,8 @@ def arrange(variables: Any, chip: str) -> Any:
         gpu = gpu_chips.asked_for()
     if gpu is None:
         return variables
-    if isinstance(variables, QuantizedNNX):
-        values = {path: variable.get_value() for path, _, variable in nnx_state(variables.model)}
-        out = QuantizedNNX(with_nnx_values(variables.model, arrange(values, chip)), variables.recipe)
-        out.ranges.set(variables.ranges.values())
-        return out
+    if (binding := binding_of(variables)) and binding.holds_variables:
+        return binding.with_tree(variables, arrange(binding.tree(variables, None), chip))
 
     def arranged(leaf: Any) -> Any:
         return matmul_arranged.arranged(leaf) if isinstance(leaf, QTensor) else leaf

@@ -1,41 +1,68 @@
-"""`QuantizedLinen`: a Flax Linen module that runs quantized."""
+"""Flax Linen: `QuantizedLinen`, `LoraLinen` and their binding."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from flax import linen
+from flax.core import meta
 from flax.core.scope import in_filter
+from jaxtyping import Array
 
-from qjax.compile.calibrate import calibrate_over, observe_call
-from qjax.compile.calibration import Calibration, calibrated
+from qjax.compile.adapters import LORA, take_adapters
+from qjax.compile.calibration import Calibration
 from qjax.compile.call import Call, Variables
-from qjax.compile.convert import convert_call
-from qjax.compile.plan import plan_call
-from qjax.compile.ranges import KEPT, flatten, kept_after, param_paths, ranges_of, take_ranges
-from qjax.compile.run import run_call
-from qjax.compile.stages import show_call
+from qjax.compile.ranges import KEPT, LEARNED, flatten, nest, param_paths
+from qjax.models import verbs
+from qjax.models.binding import Binding, Inputs, Invocation, Parts
 from qjax.passes.jaxpr.listing import Listing
 from qjax.passes.jaxpr.trace import path_name
+from qjax.passes.plan.adapters import AdapterPlan, AdapterSpec
 from qjax.passes.plan.decisions import Plan
 from qjax.recipes import Recipe
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class QuantizedLinen:
-    """A Linen module that runs quantized; `apply` has the signature of `Module.apply`."""
+class _Linen(Binding):
+    """Linen modules: variables are collections beside the module."""
 
-    module: linen.Module
-    recipe: Recipe
-    _adapts: ClassVar[bool] = False  # whether "lora" is a collection of its own
+    def recognises(self, model: Any) -> bool:
+        return isinstance(model, linen.Module)
 
-    def _call(self, variables: Variables, args: tuple, kwargs: dict[str, Any], how: dict[str, Any]) -> Call:
-        rngs = how.pop("rngs", None)
+    def adapt(self, q: QuantizedLinen, spec: AdapterSpec) -> LoraLinen:
+        return LoraLinen(q.module, q.recipe, spec)
+
+    def split(self, q: QuantizedLinen, variables: Variables) -> Parts:
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                "qjax: the first argument is the variables as Module.apply takes them, {'params': ...}; got "
+                f"{type(variables).__name__}."
+            )
+        adapters = None
+        if isinstance(q, LoraLinen):  # in other models "lora" is a collection of their own
+            variables, adapters = take_adapters(variables)
+        ranges = {name: variables[name] for name in (KEPT, LEARNED) if name in variables}
+        return Parts({n: t for n, t in variables.items() if n not in ranges}, ranges, adapters)
+
+    def join(self, q: QuantizedLinen, parts: Parts) -> Variables:
+        adapters = {} if parts.adapters is None else {LORA: nest(parts.adapters)}
+        return {**parts.own, **parts.ranges, **adapters}
+
+    def invocation(self, q: QuantizedLinen, own: Any, inputs: Inputs) -> Invocation:
+        how, kwargs = dict(inputs.options), dict(inputs.kwargs)
+        mutable, rngs = how.pop("mutable", False), how.pop("rngs", None)
+        if rngs is None:  # an exported model takes them as a keyword argument among others
+            rngs = kwargs.pop("rngs", None)
+        update = mutable is not False and in_filter(mutable, KEPT)
+        if mutable == KEPT:
+            mutable = []
+        elif not isinstance(mutable, bool | str):
+            mutable = [name for name in mutable if name != KEPT]
 
         def fn(variables: Any, args: tuple, kwargs: dict[str, Any], rngs: Any) -> Any:
-            return self.module.apply(variables, *args, rngs=rngs, **how, **kwargs)
+            return q.module.apply(variables, *args, rngs=rngs, mutable=mutable, **how, **kwargs)
 
         def collection(path: tuple) -> str | None:
             return getattr(path[1], "key", None) if path[0].idx == 0 else None
@@ -44,25 +71,52 @@ class QuantizedLinen:
             name = collection(path)
             return None if name in (None, "params") else f"{name}/{path_name(path[2:])}"
 
-        return Call(
+        def finish(out: Any, kept: dict[str, Any] | None) -> Any:
+            if kept is None:
+                return out
+            result, updates = out
+            return result, {**updates, KEPT: kept}
+
+        call = Call(
             fn,
-            (variables, args, kwargs, rngs),
+            (own, inputs.args, kwargs, rngs),
             is_param=lambda path: collection(path) == "params",
             name=lambda path: path_name(path[2:]),
             state=state,
             # with `mutable`, apply returns its result and the collections
-            updates=lambda path: (
-                None if how.get("mutable", False) is False or path[0].idx == 0 else path_name(path[1:])
-            ),
+            updates=lambda path: None if mutable is False or path[0].idx == 0 else path_name(path[1:]),
         )
+        return Invocation(call, finish, update)
 
-    @staticmethod
-    def _check(variables: Variables) -> None:
-        if not isinstance(variables, Mapping):
-            raise TypeError(
-                "qjax: the first argument is the variables as Module.apply takes them, {'params': ...}; got "
-                f"{type(variables).__name__}."
-            )
+    def tree(self, model: Any, variables: Variables) -> Any:
+        return meta.unbox(variables)
+
+    def run(self, model: Any, tree: Any, inputs: Inputs, carried: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
+        out = model.apply(tree, *inputs.args, **inputs.options, **inputs.kwargs)
+        if inputs.options.get("mutable", False) is False:
+            return out, {}
+        result, updates = out
+        rest = {name: value for name, value in updates.items() if name not in (*carried, "params")}
+        return ((result, rest) if rest else result), {name: updates[name] for name in carried}
+
+    def changing(self, tree: Any, inputs: Inputs) -> list[str]:
+        mutable = inputs.options.get("mutable", False)
+        return sorted(name for name in tree if name != "params" and in_filter(mutable, name))
+
+    def callee(self, q: QuantizedLinen, inputs: Inputs) -> Callable[..., Any]:
+        method = inputs.options.get("method") or "__call__"
+        return method if callable(method) else getattr(type(q.module), method)
+
+    def parameters(self, model: Any, variables: Variables) -> Any:
+        return variables["params"] if isinstance(variables, Mapping) and "params" in variables else {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedLinen:
+    """A Linen module that runs quantized; `apply` has the signature of `Module.apply`."""
+
+    module: linen.Module
+    recipe: Recipe
 
     def init(self, *args: Any, **kwargs: Any) -> Variables:
         """`Module.init`: float variables."""
@@ -83,31 +137,21 @@ class QuantizedLinen:
         Arguments and results are those of `flax.linen.Module.apply`. Where ranges of activations are kept, they are in
         the collections "quant_stats" and "quant"; `mutable=["quant_stats"]` (beside the model's own) updates moving
         averages and the step of a schedule, as "batch_stats" are updated.
+
+        Raises:
+            TypeError: `variables` are no collections.
+            ValueError: a range is missing, or adapters are given to a model that does not apply them.
         """
-        self._check(variables)
-        adapters = set(flatten(variables.get("lora"))) & set(param_paths(variables.get("params")))
-        if adapters and not self._adapts:
-            raise ValueError(
-                f"qjax: the variables have an adapter for {min(adapters)!r} in 'lora', which only the model that "
-                "qjax.lora gave applies. Call that one, or leave the collection out."
-            )
-        update = mutable is not False and in_filter(mutable, KEPT)
-        if isinstance(mutable, str) and mutable == KEPT:
-            inner: Any = []
-        else:
-            inner = mutable if isinstance(mutable, bool | str) else [m for m in mutable if m != KEPT]
-        how = {
-            "rngs": rngs,
-            "method": method,
-            "mutable": inner,
-            "capture_intermediates": capture_intermediates,
-        }
-        own, ranges = take_ranges(variables, update)
-        out, after = run_call(self._call(own, args, kwargs, how), self.recipe, ranges)
-        if not after.update:
-            return out
-        result, updates = out
-        return result, {**updates, KEPT: kept_after(variables, after)}
+        parts = LINEN.split(self, variables)
+        if parts.adapters is None:
+            adapters = set(flatten(variables.get(LORA))) & set(param_paths(variables.get("params")))
+            if adapters:
+                raise ValueError(
+                    f"qjax: the variables have an adapter for {min(adapters)!r} in 'lora', which only the model that "
+                    "qjax.lora gave applies. Call that one, or leave the collection out."
+                )
+        options = {"rngs": rngs, "method": method, "mutable": mutable, "capture_intermediates": capture_intermediates}
+        return verbs.run(LINEN, self, parts, Inputs(args, kwargs, options))
 
     __call__ = apply
 
@@ -129,10 +173,8 @@ class QuantizedLinen:
         Raises:
             PlanError: the recipe does not fit the model.
         """
-        self._check(variables)
-        how = {"rngs": rngs, "method": method, "mutable": mutable}
-        own, ranges = take_ranges(variables)
-        return plan_call(self._call(own, args, kwargs, how), self.recipe, ranges.known)
+        inputs = Inputs(args, kwargs, {"rngs": rngs, "method": method, "mutable": mutable})
+        return verbs.plan(LINEN, self, LINEN.split(self, variables), inputs)
 
     def show(
         self,
@@ -155,10 +197,8 @@ class QuantizedLinen:
         Raises:
             ValueError: there is no such pass.
         """
-        self._check(variables)
-        how = {"rngs": rngs, "method": method, "mutable": mutable}
-        own, ranges = take_ranges(variables)
-        return show_call(self._call(own, args, kwargs, how), self.recipe, ranges, after)
+        inputs = Inputs(args, kwargs, {"rngs": rngs, "method": method, "mutable": mutable})
+        return verbs.show(LINEN, self, LINEN.split(self, variables), inputs, after)
 
     def convert(
         self,
@@ -182,14 +222,8 @@ class QuantizedLinen:
             PlanError: the recipe does not fit the model.
             ValueError: a parameter has NaN or infinite values, or a range is missing; the message names it.
         """
-        self._check(variables)
-        how = {"rngs": rngs, "method": method, "mutable": mutable}
-        if calibration is not None:
-            variables = self.calibrate(variables, calibration, progress=False, **how, **kwargs)
-        own, ranges = take_ranges(variables)
-        call = self._call(own, args, kwargs, how)
-        converted = convert_call(call, self.recipe, ranges.known)
-        return {**call.with_params(converted.params, converted.caches)[0], **ranges_of(variables)}
+        inputs = Inputs(args, kwargs, {"rngs": rngs, "method": method, "mutable": mutable})
+        return LINEN.join(self, verbs.convert(LINEN, self, LINEN.split(self, variables), inputs, calibration))
 
     def observe(
         self,
@@ -214,13 +248,9 @@ class QuantizedLinen:
             progress: show a progress bar.
             rngs, method, mutable, kwargs: as for `apply`.
         """
-        self._check(variables)
-        how = {"rngs": rngs, "method": method, "mutable": mutable}
-
-        def step(own: Any, args: tuple) -> tuple[dict[str, Any], Plan]:
-            return observe_call(self._call(own, args, kwargs, dict(how)), self.recipe)
-
-        return calibrate_over(step, take_ranges(variables)[0], batches, start, progress)
+        inputs = Inputs((), kwargs, {"rngs": rngs, "method": method, "mutable": mutable})
+        parts = LINEN.split(self, variables)
+        return verbs.observe(LINEN, self, parts, inputs, batches, start=start, progress=progress)
 
     def calibrate(
         self, variables: Variables, batches: Iterable[Any] | Calibration, *, progress: bool = True, **kwargs: Any
@@ -237,4 +267,82 @@ class QuantizedLinen:
         """
         if not isinstance(batches, Calibration):
             batches = self.observe(variables, batches, progress=progress, **kwargs)
-        return {**take_ranges(variables)[0], **calibrated(batches, self.recipe)}
+        return LINEN.join(self, verbs.calibrate(self, LINEN.split(self, variables), batches))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraLinen(QuantizedLinen):
+    """A quantized Linen module with adapters.
+
+    `apply` is that of `QuantizedLinen` and takes the adapters as the collection "lora"; without it, it is the model
+    without adapters.
+    """
+
+    spec: AdapterSpec
+
+    def plan(  # type: ignore[override]
+        self,
+        variables: Variables,
+        *args: Any,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
+    ) -> AdapterPlan:
+        """Which parameters take adapters, and why others that a target matches do not.
+
+        Args:
+            variables: float or packed; `jax.ShapeDtypeStruct`s will do.
+            args, rngs, method, mutable, kwargs: as for `apply`; only shapes and dtypes matter.
+
+        Raises:
+            PlanError: the targets do not fit the model.
+        """
+        inputs = Inputs(args, kwargs, {"rngs": rngs, "method": method, "mutable": mutable})
+        return verbs.plan_adapted(LINEN, self, LINEN.split(self, variables), inputs)
+
+    def init(  # type: ignore[override]
+        self,
+        key: Array,
+        variables: Variables,
+        *args: Any,
+        loftq_iterations: int = 0,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
+    ) -> Variables:
+        """The variables with new adapters in the collection "lora".
+
+        Args:
+            key: for the values of `a`; `b` starts at zero, so that the model starts unchanged.
+            variables: packed ones as `convert` gave them; with `loftq_iterations` float ones, which are packed.
+            args, rngs, method, mutable, kwargs: as for `apply`; only shapes and dtypes matter.
+            loftq_iterations: start from weights and adapters whose sum is close to the float weights (LoftQ, arXiv
+                2310.08659), found in so many alternations of quantizing and a singular value decomposition.
+
+        Raises:
+            PlanError: the targets do not fit the model.
+            TypeError: LoftQ from packed variables.
+        """
+        inputs = Inputs(args, kwargs, {"rngs": rngs, "method": method, "mutable": mutable})
+        parts = LINEN.split(self, variables)
+        return LINEN.join(self, verbs.init_adapters(LINEN, self, parts, inputs, key, loftq_iterations))
+
+    def merge(self, variables: Variables, *args: Any, requantize: bool = False, **kwargs: Any) -> Variables:
+        """The variables with the adapters added to the weights, without the collection "lora".
+
+        Args:
+            variables: with adapters.
+            args, kwargs: as for `convert`; needed where the variables are float, which are packed first.
+            requantize: pack the sums in the format of their weights again. Otherwise every packed parameter becomes
+                float: to serve as it is, or to `convert` with another recipe.
+        """
+
+        def pack() -> Parts:
+            return LINEN.split(self, self.convert(variables, *args, **kwargs))
+
+        return LINEN.join(self, verbs.merge(LINEN, self, LINEN.split(self, variables), requantize, pack))
+
+
+LINEN = _Linen("a Linen module", False, QuantizedLinen, LoraLinen, {})

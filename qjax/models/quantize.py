@@ -1,4 +1,4 @@
-"""`quantize`: wraps a Linen module, an NNX module or a function so that it runs quantized.
+"""`quantize`: wraps a model of any framework so that it runs quantized.
 
 A wrapped model is polymorphic in its variables: on float ones it runs fake-quant nodes (training), on packed ones
 the packed kernels (serving). Every call traces the model anew, so the jit around it is the only cache. Ranges of
@@ -10,11 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flax import linen, nnx
-
-from qjax.models.function import QuantizedFunction
-from qjax.models.linen import QuantizedLinen
-from qjax.models.nnx import QuantizedNNX
+from qjax.models.frameworks import binding_of_float, titles
 from qjax.passes.plan.rules import as_cache_rules
 from qjax.recipes import Schedule, Strict, as_recipe
 
@@ -63,12 +59,8 @@ def quantize(
         resolved = dataclasses.replace(resolved, fold_batch_norm=fold_batch_norm, schedule=schedule)
     if kv_cache is not None:
         resolved = dataclasses.replace(resolved, kv_cache=as_cache_rules(kv_cache))
-    if isinstance(model, linen.Module):
-        return QuantizedLinen(model, resolved)
-    if isinstance(model, nnx.Module):
-        return QuantizedNNX(model, resolved)
+    if binding := binding_of_float(model):
+        return binding.wrap(model, resolved)
     if isinstance(model, type):
         raise TypeError(f"qjax: quantize takes a module instance, not the class {model.__name__}.")
-    if callable(model):
-        return QuantizedFunction(model, resolved)
-    raise TypeError(f"qjax: quantize takes a Linen module, an NNX module or a function, not {type(model).__name__}.")
+    raise TypeError(f"qjax: quantize takes {titles()}, not {type(model).__name__}.")

@@ -5,21 +5,20 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
 from jaxtyping import Array, Bool, Float
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from qjax.compile.calibrate import jit_batches
-from qjax.models.linen import QuantizedLinen
-from qjax.models.nnx import QuantizedNNX
+from qjax.models.binding import Inputs
+from qjax.models.frameworks import binding_of, binding_of_float, holders, titles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +124,8 @@ def compare(
     Example:
         >>> print(qjax.compare(model, variables, q, packed, batches))
     """
-    float_tree, run_float = _bind(model, variables, method, rngs, kwargs)
-    quantized_tree, run_quantized = _bind(q, packed, method, rngs, kwargs)
+    float_tree, run_float, parameters = _bind(model, variables, method, rngs, kwargs)
+    quantized_tree, run_quantized, packed_parameters = _bind(q, packed, method, rngs, kwargs)
 
     @jit_batches
     def measure(float_tree: Any, quantized_tree: Any, args: tuple) -> tuple[_Rows, Any]:
@@ -148,8 +147,8 @@ def compare(
         raise ValueError("qjax: compare got no batches: the iterable is empty (an iterator can be used only once).")
 
     means: list[float] = [] if score is None else list(np.asarray(scores, np.float64).mean(axis=0))
-    weights, float_bytes = _size(_parameters(model, variables))
-    _, quantized_bytes = _size(_parameters(q, packed))
+    weights, float_bytes = _size(parameters)
+    _, quantized_bytes = _size(packed_parameters)
     relative = math.sqrt(total.noise / total.signal) if total.signal else math.inf if total.noise else 0.0
     return Comparison(
         kl=total.kl / total.positions if total.positions else None,
@@ -171,41 +170,20 @@ def compare(
 
 def _bind(
     model: Any, variables: Any, method: Any, rngs: Any, kwargs: dict[str, Any]
-) -> tuple[Any, Callable[[Any, tuple], Any]]:
-    """The arrays of a model, and the model as a function of them and of a batch's arguments."""
-    if isinstance(model, nnx.Module):
-        if variables is not None:
-            raise TypeError("qjax: an NNX module holds its own variables: compare(model, None, q, None, batches).")
-        if rngs is not None:
-            raise TypeError("qjax: rngs is for Linen modules; an NNX module holds its own.")
-        graph, state = nnx.split(model)
+) -> tuple[Any, Callable[[Any, tuple], Any], Any]:
+    """The arrays of a model, the model as a function of them and of a batch's arguments, and its parameters."""
+    binding = binding_of(model) or binding_of_float(model)
+    if binding is None:
+        raise TypeError(f"qjax: compare takes {titles(plural=True)}, not {model!r}.")
+    binding.check_held(variables, "compare(model, None, q, None, batches)")
+    if not binding.holds_variables and variables is None:
+        raise TypeError(f"qjax: compare needs variables for {type(model).__name__}; only {holders()} hold their own.")
+    options = binding.options(method=method, rngs=rngs)
 
-        def run(state: Any, args: tuple) -> Any:
-            module = nnx.merge(graph, state)
-            if isinstance(module, QuantizedNNX):
-                return module(*args, method=method, **kwargs)
-            bound = getattr(type(module), method) if isinstance(method, str) else method or type(module).__call__
-            return bound(module, *args, **kwargs)
+    def run(tree: Any, args: tuple) -> Any:
+        return binding.run(model, tree, Inputs(args, kwargs, options))[0]
 
-        return state, run
-    if variables is None:
-        raise TypeError(f"qjax: compare needs variables for {type(model).__name__}; only NNX modules hold their own.")
-    if isinstance(model, linen.Module | QuantizedLinen):
-        return variables, lambda tree, args: model.apply(tree, *args, method=method, rngs=rngs, **kwargs)
-    if method is not None or rngs is not None:
-        raise TypeError("qjax: a function has neither method nor rngs; pass what it takes as its own arguments.")
-    if callable(model) and not isinstance(model, type):  # QuantizedFunction included
-        return variables, lambda tree, args: model(tree, *args, **kwargs)
-    raise TypeError(f"qjax: compare takes Linen modules, NNX modules or functions, not {model!r}.")
-
-
-def _parameters(model: Any, variables: Any) -> Any:
-    """The trainable part of a model's variables."""
-    if isinstance(model, nnx.Module):
-        return nnx.state(model, nnx.Param)
-    if isinstance(model, linen.Module | QuantizedLinen):
-        return variables["params"] if isinstance(variables, Mapping) and "params" in variables else {}
-    return variables
+    return binding.tree(model, variables), run, binding.parameters(model, variables)
 
 
 def _size(tree: Any) -> tuple[int, int]:
