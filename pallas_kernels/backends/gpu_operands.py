@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jaxtyping import Array, Float, Int, Int32
 
 from qjax.pallas_kernels.backends.epilogue import Epilogue
+from qjax.pallas_kernels.backends.precision import precision_names
 from qjax.pallas_kernels.packed.qtensor import QTensor
 
 _HALVES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -111,7 +111,4 @@ def finished(
 
 def like_tf32(precision: Any) -> bool:
     """Whether a precision, as `lax.dot_general` takes it, asks for no more than TF32."""
-    if precision is None:
-        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    each = precision if isinstance(precision, tuple) else (precision,)
-    return {str(getattr(p, "name", p)).upper() for p in each} <= _FAST
+    return precision_names(precision) <= _FAST

@@ -45,7 +45,7 @@ class Beside:
             strip: rows that are written at a time.
             buffers: strips that are held.
         """
-        kept = {
+        kept: dict[str, Any] = {
             f"other_{i}": plgpu.SMEM(
                 (columns, buffers, strip, WGMMA_ROWS), dtype, transforms=swizzled(8 * dtype.itemsize, WGMMA_ROWS)
             )

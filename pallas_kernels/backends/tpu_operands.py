@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 
 from qjax.pallas_kernels.backends import tpu_tile
 from qjax.pallas_kernels.backends.epilogue import Epilogue
+from qjax.pallas_kernels.backends.precision import precision_names
 from qjax.pallas_kernels.numbers import stored_scales
 from qjax.pallas_kernels.packed.qtensor import QTensor, layer_index
 
@@ -128,11 +129,8 @@ def no_float16(a: Array) -> Array:
 
 def operand_dtype(x: Any, weight: Any, precision: Any) -> jnp.dtype:
     """The dtype in which values of these dtypes are multiplied, with a precision as `lax.dot_general` takes it."""
-    if precision is None:
-        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    each = precision if isinstance(precision, tuple) else (precision,)
-    names = {str(getattr(p, "name", p)).upper() for p in each}
-    one_pass = x != jnp.float16 and names <= {"NONE", "DEFAULT", "FASTEST", "BFLOAT16", "BF16_BF16_F32"}
+    fast = precision_names(precision) <= {"NONE", "DEFAULT", "FASTEST", "BFLOAT16", "BF16_BF16_F32"}
+    one_pass = x != jnp.float16 and fast
     return jnp.dtype(jnp.bfloat16 if one_pass or jnp.promote_types(x, weight) == jnp.bfloat16 else jnp.float32)
 
 

@@ -30,8 +30,9 @@ class Packed:
         words = w.words
         if w.spec.format.kind == "float":
             words = lax.bitcast_convert_type(words, jnp.dtype(w.spec.format.dtype))
-        arrays = (words, w.scales.values, w.scales.zero if zeros else None)
-        return Packed(layer_operand(layer), *(None if a is None else a.reshape(-1, *a.shape[-2:]) for a in arrays))
+        index, arrays = layer_operand(layer), (words, w.scales.values, w.scales.zero if zeros else None)
+        words, scales, *zero = (a.reshape(-1, *a.shape[-2:]) for a in arrays if a is not None)
+        return Packed(index, words, scales, zero[0] if zero else None)
 
     @property
     def arrays(self) -> list[Array]:

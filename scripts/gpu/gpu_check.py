@@ -254,7 +254,7 @@ def product(kernel: str, dry: bool) -> Callable[..., Any]:
 
 
 def check(dry: bool, **fields: Any) -> dict[str, Any]:
-    """Errors of a product: the largest as part of the bound of `matmul_mosaic_gpu`, and the relative one of all."""
+    """Errors of a product: the largest as part of the bound of `ops.matmul.mosaic`, and the relative one of all."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -571,7 +571,7 @@ def fused_integers(kernel: Any, name: str, variant: Variant, order: Any) -> tupl
 
 
 def joint(variant: Variant, widths: tuple[int, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """`matmul_mosaic_gpu.joint_matmul`, and its operands: weights of these widths."""
+    """`ops.matmul.mosaic.joint_matmul`, and its operands: weights of these widths."""
     how = {key: OPTIONS[key] for key in OPTIONS if key != "transpose"}
 
     def run(x: Any, weights: Any) -> Any:
