@@ -34,13 +34,15 @@ from qjax.passes.jaxpr import control_flow
 _SCOPE = re.compile(r"qjax\.([^/()]*\([^/()]*\))")
 
 
-def scope(operation: str, value: str) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def scope(operation: str, value: str) -> Iterator[None]:
     """What is traced in it is one line of a listing: `operation` (such as "fake_quant[int4/g64]") done to `value`.
 
     A name in the program's metadata; it changes nothing that is computed.
     """
     label, of = (re.sub(r"[/()]", lambda m: {"/": ",", "(": "<", ")": ">"}[m[0]], text) for text in (operation, value))
-    return jax.named_scope(f"qjax.{label}({of})")
+    with jax.named_scope(f"qjax.{label}({of})"):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
