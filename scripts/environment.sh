@@ -19,3 +19,20 @@ ensure_environment() {
     touch "$stamp"
   fi
 }
+
+# phase NAME: begins a part of a script; `phases` prints the seconds that each took.
+phase_names=()
+phase_starts=()
+phase() {
+  phase_names+=("$1")
+  phase_starts+=("$SECONDS")
+  echo "== $1"
+}
+
+phases() {
+  local i
+  echo "== where the time went"
+  for i in "${!phase_names[@]}"; do
+    printf '%6d s  %s\n' "$((${phase_starts[i + 1]:-$SECONDS} - phase_starts[i]))" "${phase_names[i]}"
+  done
+}

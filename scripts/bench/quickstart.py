@@ -228,7 +228,8 @@ def serve(checkpoint: Path, sampled: int, console: Console) -> None:
     expected = digest_file(checkpoint).read_text().strip()
     if (found := digest(q, packed)) != expected:
         sys.exit(f"{checkpoint}: the logits have SHA-256 {found}, but {expected} when the model was saved")
-    console.print(f"Restored {checkpoint}: the logits equal the saved model's bit for bit. It continues:")
+    restored = f"Restored {checkpoint}: the logits equal the saved model's bit for bit. It continues:"
+    console.print(restored, soft_wrap=True)  # however long the path is
     text = PROMPT + lm.generate(q.apply, packed, PROMPT, sampled, rng=jax.random.key(SEED))
     console.print(text.decode(errors="replace"), markup=False, highlight=False, style="cyan")
 

@@ -137,7 +137,7 @@ def run_mosaic() -> None:
 
 @pytest.fixture(scope="module")
 def mosaic_wrong() -> list[int]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "ops")])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "NPROC": "32"}
     command = [sys.executable, "-c", "import test_integer_gpu; test_integer_gpu.run_mosaic()"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)

@@ -132,7 +132,7 @@ def run_mosaic() -> None:
 
 def run_apart(code: str) -> list[Any]:
     """What the code prints, a value of JSON in each line, in a process whose interpreter has enough threads."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "ops")])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "NPROC": "32"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
