@@ -18,17 +18,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import Literal as JaxprLiteral
 from jax.extend.core import primitives as prims
 
-from qjax.passes.analysis.cache_moves import MOVES, Move, dot_reading, holds_vectors, operand_shape, window_axes
-from qjax.passes.jaxpr import control_flow
-from qjax.passes.jaxpr.control_flow import CALLS, LOOPS, carries_of
+from qjax.pallas_kernels.ops.cache_dot.axes import reading
+from qjax.passes.jaxpr.control_flow import CALLS, LOOPS, Body, Feed, carries_of
+from qjax.passes.jaxpr.moves import MOVES, UNCHANGED, Move, operand_shape, repeated_axes
 from qjax.passes.jaxpr.trace import Address, Program
+from qjax.passes.jaxpr.walk import ForwardWalk
 
 # --- Analysis --------------------------------------------------------------------------------------------------
 
@@ -63,6 +63,9 @@ def _units(shape: Sequence[int]) -> frozenset[int]:
     return frozenset(i for i, n in enumerate(shape) if n == 1)
 
 
+# higher-order equations in which packed state stays packed; the bodies of others get floats
+_FOLLOWED = CALLS | LOOPS | {prims.cond_p}
+
 _ELEMENTWISE = {
     prims.and_p,
     prims.or_p,
@@ -81,49 +84,67 @@ _ELEMENTWISE = {
     prims.min_p,
     prims.select_n_p,
     prims.convert_element_type_p,
-    prims.copy_p,
-    prims.stop_gradient_p,
+    *UNCHANGED,
 }
 
 
 def _constant_axes(eqn: Any, operands: Sequence[Any]) -> frozenset[int]:
     """Axes along which the first result of an equation is constant, as far as is known."""
     shape = tuple(eqn.outvars[0].aval.shape)
-    first = operands[0].same if operands and isinstance(operands[0], _Plain) else frozenset()
     found: set[int] = set()
-    if eqn.primitive is prims.broadcast_in_dim_p:
-        where = eqn.params["broadcast_dimensions"]
-        found = {i for i in range(len(shape)) if i not in where or where.index(i) in first}
-    elif eqn.primitive is prims.transpose_p:
-        found = {i for i, p in enumerate(eqn.params["permutation"]) if p in first}
-    elif eqn.primitive is prims.squeeze_p:
-        kept = window_axes(len(operand_shape(eqn)), eqn.params["dimensions"])
-        found = {i for i, p in enumerate(kept) if p in first}
-    elif eqn.primitive is prims.reshape_p:
-        before = [i for i, n in enumerate(operand_shape(eqn)) if n != 1]
-        after = [i for i, n in enumerate(shape) if n != 1]
-        if [operand_shape(eqn)[i] for i in before] == [shape[i] for i in after]:
-            found = {j for i, j in zip(before, after, strict=True) if i in first}
-    elif eqn.primitive in _ELEMENTWISE:
+    if eqn.primitive in _ELEMENTWISE:
         found = set(range(len(shape)))
         for value, var in zip(operands, eqn.invars, strict=True):
             if var.aval.shape:
                 found &= value.same if isinstance(value, _Plain) else set()
+    elif eqn.primitive in MOVES and len(operands) == 1:
+        whole = MOVES[eqn.primitive].axes(eqn, 0) or {}
+        same = operands[0].same if isinstance(operands[0], _Plain) else frozenset()
+        found = repeated_axes(eqn) | {out for p, out in whole.items() if p in same}
     return frozenset(found) | _units(shape)
 
 
-class CacheWalk:
+def dot_reading(eqn: Any, operand: int, p: int) -> str | None:
+    """Whether a dot contracts the vectors ("scores") or produces them ("values"); None where it needs floats."""
+    contract, batch = (dims[operand] for dims in eqn.params["dimension_numbers"])
+    if eqn.params.get("out_sharding") is not None:
+        return None
+    return reading(operand_shape(eqn, operand), p, contract, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A read of state that takes it as floats, or its codes in a dot, if these are its vectors.
+
+    Attributes:
+        path, axis: the state, and the axis that holds its vectors.
+        operation: what reads it.
+        codes: whether it works on codes.
+        address: the equation that reads it.
+        operand: which of its operands it is; None for what a loop or a branch hands on.
+    """
+
+    path: str
+    axis: int
+    operation: str
+    codes: bool
+    address: Address
+    operand: int | None
+
+
+class CacheWalk(ForwardWalk[TrackedCache | _Plain]):
     """Follows state through a program, with the axes that could hold its vectors.
 
     Attributes:
-        reads: (path, axis, operation, whether it works on codes).
+        reads: of the state, in program order.
         kept: (path, axis, equation, result): see `CachePlan.kept`.
+        results: what is known of the results of the program.
     """
 
     def __init__(self, program: Program, axes: Mapping[str, Sequence[int]]):
-        self.reads: list[tuple[str, int, str, bool]] = []
+        self.reads: list[Read] = []
         self.kept: list[tuple[str, int, Address, int]] = []
-        values: list[Any] = []
+        values: list[TrackedCache | _Plain] = []
         for path, aval in zip(program.state, program.jaxpr.in_avals, strict=True):
             if path is not None and axes.get(path):
                 values.append(TrackedCache(path, tuple((axis, axis + len(jnp.shape(aval))) for axis in axes[path])))
@@ -131,43 +152,38 @@ class CacheWalk:
                 values.append(_Plain(_units(getattr(aval, "shape", ()))))
         self.results = self.walk(program.jaxpr, values, ())
 
-    def walk(self, jaxpr: Any, values: Sequence[Any], address: Address) -> list[Any]:
-        """Results of a jaxpr, from what is known of its inputs."""
-        env: dict[Any, Any] = dict(zip(jaxpr.invars, values, strict=True))
-        consts = (_Plain(_units(jnp.shape(c))) for c in control_flow.consts_of(jaxpr))
-        env.update(zip(jaxpr.constvars, consts, strict=False))
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    def constant(self, value: Any, aval: Any) -> _Plain:
+        """A constant may differ along each axis."""
+        return _Plain(_units(jnp.shape(value)))
 
-        def read(atom: Any) -> Any:
-            return _Plain(_units(jnp.shape(atom.val))) if isinstance(atom, JaxprLiteral) else env[atom]
-
-        for i, eqn in enumerate(jaxpr.eqns):
-            results = self.equation(eqn, [read(atom) for atom in eqn.invars], (*address, i))
-            env.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def equation(self, eqn: Any, operands: list[Any], address: Address) -> list[Any]:
+    def equation(self, eqn: Any, operands: list[Any], address: Address) -> list[Any] | None:
         """Results of one equation."""
-        inner = control_flow.bodies(eqn)
-        tracked = any(isinstance(v, TrackedCache) for v in operands)
-        if inner and eqn.primitive in CALLS:
-            return self.walk(inner[0].jaxpr, operands, (*address, inner[0].name))
-        if inner and eqn.primitive in LOOPS:
-            return self.loop(eqn, inner, operands, address)
-        if inner and eqn.primitive is prims.cond_p:
-            branches = [self.walk(body.jaxpr, operands[1:], (*address, body.name)) for body in inner]
-            merged = [self.join(values, eqn) for values in zip(*branches, strict=True)]
-            self.keep(merged, address)
-            return merged
-        if tracked and (moved := self.move(eqn, operands, address)) is not None:
-            return moved
-        return self.plain(eqn, operands)
+        if eqn.primitive in _FOLLOWED:
+            return None
+        if any(isinstance(v, TrackedCache) for v in operands):
+            moved = self.move(eqn, operands, address)
+            if moved is not None:
+                return moved
+        return self.plain(eqn, operands, address)
+
+    def descend(self, eqn: Any, operands: Sequence[Any], address: Address) -> list[Any]:
+        """Results of an equation with bodies, which loops and branches may keep packed."""
+        results = super().descend(eqn, operands, address)
+        if eqn.primitive not in CALLS:
+            self.keep(results, address)
+        return results
 
     def keep(self, results: Sequence[Any], address: Address) -> None:
         """Notes that these results may stay packed."""
         for i, value in enumerate(results):
             if isinstance(value, TrackedCache):
                 self.kept += [(value.path, axis, address, i) for axis, _ in value.at]
+
+    def read_floats(
+        self, path: str, axes: Iterable[int], operation: str, address: Address, operand: int | None = None
+    ) -> None:
+        """Notes a read of floats for each of the axes."""
+        self.reads += [Read(path, axis, operation, False, address, operand) for axis in axes]
 
     def move(self, eqn: Any, operands: list[Any], address: Address) -> list[Any] | None:
         """The results of an operation that moves vectors as wholes; None where none of them stays whole."""
@@ -182,7 +198,7 @@ class CacheWalk:
                 if out is not None and self.moves_whole(move, eqn, operands, value.path, axis, out, (i, p)):
                     at.append((axis, out))
                 else:
-                    self.reads.append((value.path, axis, eqn.primitive.name, False))
+                    self.read_floats(value.path, (axis,), eqn.primitive.name, address, i)
             if at:
                 results = [TrackedCache(value.path, tuple(at))] * len(eqn.outvars)
                 if eqn.primitive is prims.select_n_p:
@@ -194,7 +210,7 @@ class CacheWalk:
         self, move: Move, eqn: Any, operands: list[Any], path: str, axis: int, out: int, own: tuple[int, int]
     ) -> bool:
         """Whether the other operands go with it: parts of the same state alike, a mask constant along vectors."""
-        for j, where in holds_vectors(move, eqn, out, *own).items():
+        for j, where in move.along(eqn, out, *own).items():
             other = operands[j]
             if isinstance(other, TrackedCache) and (other.path != path or (axis, where) not in other.at):
                 return False
@@ -203,7 +219,7 @@ class CacheWalk:
             return isinstance(mask, _Plain) and out in mask.same
         return True
 
-    def plain(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    def plain(self, eqn: Any, operands: list[Any], address: Address) -> list[Any]:
         """The results of an equation that reads floats, or codes in a dot."""
         depends: set[str] = set()
         lost: dict[str, str] = {}
@@ -213,7 +229,7 @@ class CacheWalk:
                 depends.add(value.path)
                 for axis, p in value.at:
                     codes = dot and dot_reading(eqn, i, p) is not None
-                    self.reads.append((value.path, axis, eqn.primitive.name, codes))
+                    self.reads.append(Read(value.path, axis, eqn.primitive.name, codes, address, i))
                 if not dot:
                     lost[value.path] = eqn.primitive.name
             else:
@@ -231,8 +247,8 @@ class CacheWalk:
             for out in eqn.outvars
         ]
 
-    def join(self, values: Sequence[Any], eqn: Any) -> Any:
-        """A value that is one of several."""
+    def join(self, eqn: Any, values: Sequence[Any], address: Address) -> TrackedCache | _Plain:
+        """A value that is one of several: the same state with the same vectors, else floats."""
         first, *rest = values
         if all(isinstance(v, TrackedCache) and v.path == first.path for v in values):
             at = tuple(pair for pair in first.at if all(pair in v.at for v in rest))
@@ -245,7 +261,7 @@ class CacheWalk:
             if isinstance(value, TrackedCache):
                 depends.add(value.path)
                 lost.setdefault(value.path, eqn.primitive.name)
-                self.reads += [(value.path, axis, eqn.primitive.name, False) for axis, _ in value.at]
+                self.read_floats(value.path, dict(value.at), eqn.primitive.name, address)
                 same = frozenset()
             else:
                 depends |= value.depends
@@ -253,50 +269,39 @@ class CacheWalk:
                 same = value.same if same is None else same & value.same
         return _Plain(same or frozenset(), frozenset(depends), tuple(sorted(lost.items())))
 
-    def loop(self, eqn: Any, inner: list[control_flow.Body], operands: list[Any], address: Address) -> list[Any]:
-        """A scan or while loop: what a carry is has to hold before and after every step."""
-        body = inner[-1]
-        stacked = len([feed for feed in body.feeds if feed.how == "scanned"])
-        n_carry = carries_of(eqn)
-        first = len(body.feeds) - stacked - n_carry  # the first carry among the inputs of the body
-        values = [self.enter(operands[feed.operand], feed.how, eqn) for feed in body.feeds]
-        while True:
-            reads, kept = len(self.reads), len(self.kept)
-            outs = self.walk(body.jaxpr, values, (*address, body.name))
-            carried = [self.join((values[first + i], outs[i]), eqn) for i in range(n_carry)]
-            if carried == values[first : first + n_carry]:
-                break
-            del self.kept[kept:]
-            del self.reads[reads:]
-            for i, value in enumerate(carried):
-                before = values[first + i]
-                if isinstance(before, TrackedCache) and not isinstance(value, TrackedCache):
-                    self.reads += [
-                        (before.path, axis, f"carry of {eqn.primitive.name}", False) for axis, _ in before.at
-                    ]
-            values[first : first + n_carry] = carried
-        if len(inner) == 2:  # the condition of a while loop reads the carries
-            condition = inner[0]
-            local = [values[first + i] for i in range(n_carry)]
-            whole = [operands[feed.operand] for feed in condition.feeds[: len(condition.feeds) - n_carry]]
-            self.walk(condition.jaxpr, [*whole, *local], (*address, condition.name))
-        results = carried + [
-            TrackedCache(v.path, tuple((axis, p + 1) for axis, p in v.at))
-            if isinstance(v, TrackedCache)
-            else dataclasses.replace(v, same=frozenset(i + 1 for i in v.same))
-            for v in outs[n_carry:]
-        ]
-        self.keep(results, address)
-        return results
+    def mark(self) -> tuple[int, int]:
+        """How much is noted."""
+        return len(self.reads), len(self.kept)
 
-    def enter(self, value: Any, how: str, eqn: Any) -> Any:
-        """An operand as a body of a loop gets it."""
-        if how != "scanned":
+    def again(self, eqn: Any, before: list[Any], after: list[Any], mark: Any, address: Address) -> None:
+        """A carry that is state before the step and not after it is read before the loop."""
+        reads, kept = mark
+        del self.reads[reads:]
+        del self.kept[kept:]
+        for old, new in zip(before, after, strict=True):
+            if isinstance(old, TrackedCache) and not isinstance(new, TrackedCache):
+                self.read_floats(old.path, dict(old.at), f"carry of {eqn.primitive.name}", address)
+
+    def enter(self, eqn: Any, body: Body, feed: Feed, aval: Any, value: Any, address: Address) -> TrackedCache | _Plain:
+        """One element of the first axis, where a scan takes one a step."""
+        if feed.how != "scanned":
             return value
         if not isinstance(value, TrackedCache):
             return dataclasses.replace(value, same=frozenset(i - 1 for i in value.same if i))
         at = tuple((axis, p - 1) for axis, p in value.at if p)
-        self.reads += [(value.path, axis, eqn.primitive.name, False) for axis, p in value.at if not p]
+        self.read_floats(value.path, (axis for axis, p in value.at if not p), eqn.primitive.name, address, feed.operand)
         if at:
             return TrackedCache(value.path, at)
         return _Plain(frozenset(), frozenset({value.path}), ((value.path, eqn.primitive.name),))
+
+    def leave(self, eqn: Any, body: Body, results: list[Any], address: Address) -> list[Any]:
+        """Results of a body: a scan stacks all but its carries along a new first axis."""
+        if eqn.primitive is not prims.scan_p:
+            return results
+        carries = carries_of(eqn)
+        return results[:carries] + [
+            TrackedCache(v.path, tuple((axis, p + 1) for axis, p in v.at))
+            if isinstance(v, TrackedCache)
+            else dataclasses.replace(v, same=frozenset(i + 1 for i in v.same))
+            for v in results[carries:]
+        ]

@@ -18,20 +18,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import Literal as JaxprLiteral
-from jax.extend.core import Primitive
 from jax.extend.core import primitives as prims
 
 from qjax.pallas_kernels.packed.layout import Layout, Role
-from qjax.passes.jaxpr import control_flow, views
+from qjax.passes.analysis.site_axes import SITES, Op
+from qjax.passes.jaxpr import control_flow, moves
+from qjax.passes.jaxpr.control_flow import CALLS, Body, Feed
 from qjax.passes.jaxpr.trace import Address, Program
-from qjax.passes.jaxpr.views import Index, View
-
-Op = Literal["dot", "conv", "take", "ragged"]
+from qjax.passes.jaxpr.views import Atom, Index, View
+from qjax.passes.jaxpr.walk import ForwardWalk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,84 +196,6 @@ class Sites:
         return loops.union(*(fold.loops for fold in self.folds.values()))
 
 
-# --- What each site primitive does with the axes of its weight ---------------------------------------------------
-
-
-def _dot_roles(eqn: Any, operand: int) -> tuple[Role, ...]:
-    contract, batch = (dims[operand] for dims in eqn.params["dimension_numbers"])
-    ndim = len(eqn.invars[operand].aval.shape)
-    return tuple("stack" if i in batch else "k" if i in contract else "n" for i in range(ndim))
-
-
-def _conv_roles(eqn: Any, operand: int) -> tuple[Role, ...] | None:
-    if operand != 1:
-        return None
-    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-    return tuple("n" if i == out_axis else "k" for i in range(len(eqn.invars[1].aval.shape)))
-
-
-def take_axis(eqn: Any) -> int | None:
-    """The axis along which a gather picks whole rows, or None for any other gather."""
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    shape = eqn.invars[0].aval.shape
-    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
-        return None
-    axis = numbers.start_index_map[0]
-    rows = all(size == (1 if i == axis else n) for i, (size, n) in enumerate(zip(sizes, shape, strict=True)))
-    return axis if rows and tuple(numbers.collapsed_slice_dims) == (axis,) else None
-
-
-def _take_roles(eqn: Any, operand: int) -> tuple[Role, ...] | None:
-    axis = take_axis(eqn)
-    if operand != 0 or axis is None or len(eqn.invars[0].aval.shape) < 2:
-        return None
-    return tuple("n" if i == axis else "k" for i in range(len(eqn.invars[0].aval.shape)))
-
-
-def _ragged_roles(eqn: Any, operand: int) -> tuple[Role, ...] | None:
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    if operand != 1 or not numbers.rhs_group_dimensions:
-        return None
-    (_, contract), (_, batch) = numbers.dot_dimension_numbers
-    stack = {*batch, *numbers.rhs_group_dimensions}
-    return tuple("stack" if i in stack else "k" if i in contract else "n" for i in range(len(eqn.invars[1].aval.shape)))
-
-
-# What each does with the axes of its input: those that it contracts, or why the input cannot be quantized.
-
-
-def _dot_contracts(eqn: Any, operand: int) -> tuple[int, ...] | str:
-    return tuple(eqn.params["dimension_numbers"][0][operand])
-
-
-def _conv_contracts(eqn: Any, operand: int) -> tuple[int, ...] | str:
-    if eqn.params["batch_group_count"] != 1:
-        return "a convolution over groups of its batch"
-    batch = eqn.params["dimension_numbers"].lhs_spec[0]
-    return tuple(i for i in range(len(eqn.invars[0].aval.shape)) if i != batch)
-
-
-def _take_contracts(eqn: Any, operand: int) -> tuple[int, ...] | str:
-    return ""  # indices are no input to quantize
-
-
-def _ragged_contracts(eqn: Any, operand: int) -> tuple[int, ...] | str:
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (contract, _), batch = numbers.dot_dimension_numbers
-    if tuple(numbers.lhs_ragged_dimensions) != (0,) or any(batch) or tuple(contract) != (1,):
-        return "a ragged dot that is not rows times groups of matrices"
-    return (1,)
-
-
-# primitive -> (name of the operation, its operands that may be the weight, roles(eqn, operand of the weight),
-#               contracts(eqn, operand of the input))
-SITES: dict[Primitive, tuple[Op, tuple[int, ...], Callable[..., tuple[Role, ...] | None], Callable[..., Any]]] = {
-    prims.dot_general_p: ("dot", (0, 1), _dot_roles, _dot_contracts),
-    prims.conv_general_dilated_p: ("conv", (1,), _conv_roles, _conv_contracts),
-    prims.gather_p: ("take", (0,), _take_roles, _take_contracts),
-    control_flow.ragged_dot_general_p: ("ragged", (1,), _ragged_roles, _ragged_contracts),
-}
-
 # Bodies whose sites keep float activations, and why.
 _OPAQUE = {
     "shard_map": "inside shard_map",
@@ -282,13 +203,10 @@ _OPAQUE = {
     "custom_vjp": "inside a custom_vjp rule",
 }
 
-_DESCEND_ALWAYS = {prims.jit_p, prims.remat_p, prims.closed_call_p}
 
-
-class _Finder:
+class _Finder(ForwardWalk[Any]):
     def __init__(self, program: Program, known_state: frozenset[str]):
-        self.lengths: dict[Address, int] = {}
-        self.found = Sites({}, [], {}, {}, {}, [], self.lengths)
+        self.found = Sites({}, [], {}, {}, {}, [], {})
         self.fold_of: dict[int, Fold] = {}
         self.numbers: dict[str, int] = {}
         self.flows = 0
@@ -323,27 +241,18 @@ class _Finder:
             rank = sum(size != 1 for size in value.view.shape)
             self.found.rank[path] = max(rank, self.found.rank[path])
 
-    def walk(self, jaxpr: Any, values: Sequence[Any], address: Address) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(jaxpr.invars, values, strict=True))
-        env.update(zip(jaxpr.constvars, map(Constant, control_flow.consts_of(jaxpr)), strict=False))
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    def constant(self, value: Any, aval: Any) -> Constant:
+        return Constant(value)
 
-        def read(atom: Any) -> Any:
-            return Constant(atom.val) if isinstance(atom, JaxprLiteral) else env[atom]
-
-        for i, eqn in enumerate(jaxpr.eqns):
-            operands = [read(atom) for atom in eqn.invars]
-            env.update(zip(eqn.outvars, self.equation(eqn, operands, (*address, i)), strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def equation(self, eqn: Any, operands: list[Any], address: Address) -> list[Any]:
+    def equation(self, eqn: Any, operands: list[Any], address: Address) -> list[Any] | None:
         known = not any(isinstance(o, Flow) for o in operands) and not eqn.effects
-        inner = control_flow.bodies(eqn)
-        if inner and (not known or eqn.primitive in _DESCEND_ALWAYS):
-            return self.descend(eqn, inner, operands, address)
+        if control_flow.has_bodies(eqn) and (not known or eqn.primitive in CALLS):
+            if eqn.primitive is prims.scan_p:
+                self.found.lengths[*address, "scan"] = eqn.params["length"]
+            return None
         if isinstance(operands[0] if operands else None, Viewed):
             viewed = operands[0]
-            step = views.step(eqn, viewed.view, operands[1:])
+            step = moves.step(eqn, viewed.view, operands[1:])
             if step is not None:
                 return [dataclasses.replace(viewed, view=step[0])]
         if known and (exprs := self.expressions(eqn, operands, address)):
@@ -357,7 +266,7 @@ class _Finder:
 
     def flow_of(self, eqn: Any, operands: list[Any]) -> Flow:
         """The flow of a result; that of an earlier equation which moves or casts the same value in the same way."""
-        if eqn.primitive not in views.VIEWS or not isinstance(operands[0], Flow) or len(operands) > 1:
+        if eqn.primitive not in moves.VIEWS or not isinstance(operands[0], Flow) or len(operands) > 1:
             return self.flow()
         key = (eqn.primitive, operands[0], str(sorted(eqn.params.items(), key=str)))
         return self.views_of_flows.setdefault(key, self.flow())
@@ -387,50 +296,47 @@ class _Finder:
         ]
         return [Viewed(expr, View.identity(expr.shape)) for expr in exprs]
 
-    def descend(self, eqn: Any, inner: list[control_flow.Body], operands: list[Any], address: Address) -> list[Any]:
-        results: list[list[Any]] = []
-        for body in inner:
-            here = (*address, body.name)
-            if eqn.primitive is prims.scan_p:
-                self.lengths[here] = eqn.params["length"]
-            local = []
-            for feed, var in zip(body.feeds, body.jaxpr.invars, strict=True):
-                value = operands[feed.operand]
-                if feed.how == "scanned" and isinstance(value, Viewed):
-                    view = value.view.index(0, ("loop", here))
-                    if view is None:
-                        self.use(value, f"'{eqn.primitive.name}' over a merged axis")
-                    value = view and dataclasses.replace(value, view=view)
-                elif feed.how != "whole":
-                    if feed.how == "carried":
-                        self.use(value, f"carry of '{eqn.primitive.name}'")
-                    value = None
-                if isinstance(value, Viewed) and value.view.shape != tuple(var.aval.shape):
-                    value = self.localize(value, tuple(var.aval.shape), eqn)  # one shard of shard_map
-                if isinstance(value, Flow) and body.name in _OPAQUE:
-                    value = None
-                local.append(self.flow() if value is None else value)
-            outs = self.walk(body.jaxpr, local, here)
-            for value, at in zip(outs, range(len(outs)), strict=True):
-                if at not in body.results:
-                    self.use(value, f"collected by '{eqn.primitive.name}'")
-            results.append([None if r is None else outs[r] for r in body.results])
-        merged = []
-        for values in zip(*results, strict=True):
-            same = values[0] is not None and all(v == values[0] for v in values[1:])
-            if not same:
-                for value in values:
-                    self.use(value, f"'{eqn.primitive.name}'")
-            # what a scan or a branch hands out is another value than the one inside it
-            inside = isinstance(values[0], Flow) and eqn.primitive not in _DESCEND_ALWAYS
-            merged.append(values[0] if same and not inside else self.flow())
-        return merged
+    def enter(self, eqn: Any, body: Body, feed: Feed, aval: Any, value: Any, address: Address) -> Any:
+        if feed.how == "carried":  # what it is before a step may be what it is before none but the first
+            self.use(value, f"carry of '{eqn.primitive.name}'")
+            return self.flow()
+        if feed.how == "scanned":
+            if not isinstance(value, Viewed):
+                return self.flow()
+            view = value.view.index(0, ("loop", (*address, body.name)))
+            if view is None:
+                self.use(value, f"'{eqn.primitive.name}' over a merged axis")
+                return self.flow()
+            value = dataclasses.replace(value, view=view)
+        if isinstance(value, Viewed) and value.view.shape != tuple(aval.shape):
+            value = self.localize(value, tuple(aval.shape), eqn)
+        return self.flow() if isinstance(value, Flow) and body.name in _OPAQUE else value
 
-    def localize(self, value: Viewed, shape: tuple[int, ...], eqn: Any) -> Viewed | None:
-        """The view of one shard; its layout is read off with the sizes of the shard and scaled back."""
+    def carry(self, eqn: Any, before: Any, after: Any, address: Address) -> Any:
+        self.use(after, f"collected by '{eqn.primitive.name}'")
+        return before
+
+    def leave(self, eqn: Any, body: Body, results: list[Any], address: Address) -> list[Any]:
+        for i, value in enumerate(results):
+            if i not in body.results:
+                self.use(value, f"collected by '{eqn.primitive.name}'")
+        out = [None if i is None else results[i] for i in body.results]
+        # what a scan or a branch hands out is another value than the one inside it
+        inside = eqn.primitive not in CALLS
+        return [self.flow() if v is None or (inside and isinstance(v, Flow)) else v for v in out]
+
+    def join(self, eqn: Any, values: Sequence[Any], address: Address) -> Any:
+        if all(value == values[0] for value in values[1:]):
+            return values[0]
+        for value in values:
+            self.use(value, f"'{eqn.primitive.name}'")
+        return self.flow()
+
+    def localize(self, value: Viewed, shape: tuple[int, ...], eqn: Any) -> Viewed | Flow:
+        """The view of one shard of `shard_map`; its layout is read off with the sizes of the shard and scaled back."""
         if not value.view.is_identity or not isinstance(value.source, Param):
             self.use(value, f"'{eqn.primitive.name}'")
-            return None
+            return self.flow()
         return Viewed(value.source, View.identity(shape))
 
     def site(self, eqn: Any, operands: list[Any], address: Address) -> None:
@@ -492,7 +398,7 @@ class _Finder:
 
     def fold(self, expr: Expr) -> Fold:
         if id(expr) not in self.fold_of:
-            stack = tuple(self.lengths[loop] for loop in expr.loops)
+            stack = tuple(self.found.lengths[loop] for loop in expr.loops)
             base = _common_name(expr.params)
             name, n = f"{base}:{expr.eqn.primitive.name}", 1
             while name in self.found.folds:
@@ -529,7 +435,7 @@ def _under_loops(view: View, fold: Fold) -> View:
         assert following is not None
         outer = following
 
-    def move(atom: views.Atom) -> views.Atom:
+    def move(atom: Atom) -> Atom:
         return dataclasses.replace(atom, axis=atom.axis + shift)
 
     return View(

@@ -38,6 +38,7 @@ __all__ = [
     "bodies",
     "consts_of",
     "evaluate",
+    "has_bodies",
     "ragged_dot_general_p",
     "shard_map_p",
 ]
@@ -72,12 +73,14 @@ class Body:
         feeds: one entry per `jaxpr.invars`.
         results: per result of the equation, the number of the body's result that it equals on every path
             through this body, or None where it is collected, carried or produced elsewhere.
+        first_carry: where the carries of a loop begin among `jaxpr.invars`, those handed on untouched among them.
     """
 
     name: str
     jaxpr: Any
     feeds: tuple[Feed, ...]
     results: tuple[int | None, ...]
+    first_carry: int = 0
 
 
 def _whole(operands: Sequence[int]) -> tuple[Feed, ...]:
@@ -104,7 +107,7 @@ def _scan_bodies(eqn: Any) -> list[Body]:
     how: list[Any] = ["whole"] * n_consts + ["whole" if k else "carried" for k in kept]
     how += ["scanned"] * (len(eqn.invars) - len(how))
     results = [i if k else None for i, k in enumerate(kept)] + [None] * (len(eqn.outvars) - n_carry)
-    return [Body("scan", jaxpr, tuple(Feed(i, h) for i, h in enumerate(how)), tuple(results))]
+    return [Body("scan", jaxpr, tuple(Feed(i, h) for i, h in enumerate(how)), tuple(results), n_consts)]
 
 
 def _while_bodies(eqn: Any) -> list[Body]:
@@ -114,8 +117,8 @@ def _while_bodies(eqn: Any) -> list[Body]:
     carry = tuple(Feed(n_cond + n_body + i, "whole" if k else "carried") for i, k in enumerate(kept))
     results = tuple(i if k else None for i, k in enumerate(kept))
     return [
-        Body("while_cond", cond, _whole(range(n_cond)) + carry, (None,) * len(eqn.outvars)),
-        Body("while", body, _whole(range(n_cond, n_cond + n_body)) + carry, results),
+        Body("while_cond", cond, _whole(range(n_cond)) + carry, (None,) * len(eqn.outvars), n_cond),
+        Body("while", body, _whole(range(n_cond, n_cond + n_body)) + carry, results, n_body),
     ]
 
 
@@ -143,6 +146,11 @@ _BODIES: dict[Primitive, Callable[[Any], list[Body]]] = {
     prims.custom_vjp_call_p: _call_bodies("custom_vjp", "call_jaxpr"),
     shard_map_p: _call_bodies("shard_map", "jaxpr"),
 }
+
+
+def has_bodies(eqn: Any) -> bool:
+    """Whether an equation is a higher-order one."""
+    return eqn.primitive in _BODIES
 
 
 def bodies(eqn: Any) -> list[Body]:

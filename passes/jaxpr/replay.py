@@ -27,7 +27,7 @@ from jax.extend.core import Literal as JaxprLiteral
 from jax.extend.core import primitives as prims
 
 from qjax.pallas_kernels.packed.qtensor import QTensor
-from qjax.passes.jaxpr import control_flow, views
+from qjax.passes.jaxpr import control_flow, moves
 from qjax.passes.jaxpr.trace import Address, Program
 from qjax.passes.jaxpr.values import (
     Absorbed,
@@ -43,6 +43,7 @@ from qjax.passes.jaxpr.values import (
     is_ref,
 )
 from qjax.passes.jaxpr.views import View
+from qjax.passes.jaxpr.walk import Environment
 
 # rules of the user's that are kept whole where nothing packed goes in
 _OWN_GRADIENT = {prims.custom_jvp_call_p, prims.custom_vjp_call_p}
@@ -96,17 +97,12 @@ class _Replayer:
         self.scope = Scope({})
 
     def run(self, jaxpr: Any, values: Sequence[Any], address: Address) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(jaxpr.invars, values, strict=True))
-        env.update(zip(jaxpr.constvars, control_flow.consts_of(jaxpr), strict=False))
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-
-        def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, JaxprLiteral) else env[atom]
+        environment = Environment(jaxpr, values, lambda value, aval: value)
+        read, jaxpr = environment.read, environment.jaxpr
 
         def run(i: int) -> None:
             eqn = jaxpr.eqns[i]
-            results = self.equation(eqn, [read(v) for v in eqn.invars], (*address, i))
-            env.update(zip(eqn.outvars, results, strict=True))
+            environment.bind(eqn.outvars, self.equation(eqn, [read(v) for v in eqn.invars], (*address, i)))
 
         together = {fused.place: fused for fused in self.fused.get(address, ())}
         place = {i: at for at in sorted(together) for i in (*together[at].equations, *together[at].reads)}
@@ -129,7 +125,7 @@ class _Replayer:
                 results = fused.rule(jaxpr.eqns, read, self.scope)
                 if results is not None:
                     given = [jaxpr.eqns[number].outvars[0] for number in fused.equations if number >= i]
-                    env.update(zip(given, results, strict=True))
+                    environment.bind(given, results)
                     done.update(fused.equations)
                 else:
                     for number in fused.equations:
@@ -139,8 +135,8 @@ class _Replayer:
                 run(i)
             for v in last.get(i, ()):
                 if v not in kept:
-                    env.pop(v, None)  # eager replay holds no more memory than the program itself
-        return [read(v) for v in jaxpr.outvars]
+                    environment.values.pop(v, None)  # eager replay holds no more memory than the program itself
+        return environment.results()
 
     def equation(self, eqn: Any, values: list[Any], address: Address) -> list[Any]:
         absorbed = next((v for v in values if isinstance(v, Absorbed)), None)
@@ -205,7 +201,7 @@ class _Replayer:
         if self.state is not None and any(isinstance(v, Cached) for v in values):
             return self.state.equation(eqn, values, address)
         first = values[0]
-        if isinstance(first, Ref) and (step := views.step(eqn, first.view, values[1:])):
+        if isinstance(first, Ref) and (step := moves.step(eqn, first.view, values[1:])):
             view, picked = step
             shadow = None if first.shadow is None else control_flow.bind(eqn, [first.shadow, *values[1:]])[0]
             return [Ref(first.base, view, first.indices + picked, shadow)]

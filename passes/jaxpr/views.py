@@ -4,20 +4,18 @@ A view is pure data movement plus casts, so it is kept as arithmetic on axes ins
 the parameter is a list of factors (`Atom`), an axis of the view is a list of atoms, and an axis that a scan or an
 index took away is remembered as indexed. That is enough to say which part of the parameter is contracted by a
 matmul (`View.layout`), to slice a packed tensor instead of a float one, and to redo the movement on any array
-(`View.apply`). `VIEWS` is the table of primitives that keep a view a view.
+(`View.apply`). `passes.jaxpr.moves` has the operations that keep a view a view.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
-from jax.extend.core import primitives as prims
 from jaxtyping import Array
 
 from qjax.pallas_kernels.packed.layout import Layout, Role
@@ -174,101 +172,3 @@ class View:
         for index in indices:
             w = lax.dynamic_index_in_dim(w, index, 0, keepdims=False)
         return w.reshape(self.shape)
-
-
-def _transpose(eqn: Any, view: View, _: Sequence[Any]):
-    return view.transpose(eqn.params["permutation"]), ()
-
-
-def _reshape(eqn: Any, view: View, _: Sequence[Any]):
-    return None if eqn.params.get("dimensions") else (view.reshape(eqn.params["new_sizes"]), ())
-
-
-def _squeeze(eqn: Any, view: View, _: Sequence[Any]):
-    gone = {d % len(view.axes) for d in eqn.params["dimensions"]}
-    kept = tuple(axis for i, axis in enumerate(view.axes) if i not in gone)
-    return dataclasses.replace(view, axes=kept), ()
-
-
-def _broadcast_in_dim(eqn: Any, view: View, _: Sequence[Any]):
-    """A view only where it adds axes of size 1."""
-    shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    if math.prod(shape) != math.prod(view.shape):
-        return None
-    axes: list[Axis] = [()] * len(shape)
-    for axis, i in zip(view.axes, where, strict=True):
-        axes[i] = axis
-    return dataclasses.replace(view, axes=tuple(axes)), ()
-
-
-def _convert_element_type(eqn: Any, view: View, _: Sequence[Any]):
-    dtype = eqn.params["new_dtype"]
-    return (view.cast(dtype), ()) if jnp.issubdtype(dtype, jnp.floating) else None
-
-
-def _slice(eqn: Any, view: View, _: Sequence[Any]):
-    """A view where each axis is taken whole or is one element of a parameter axis."""
-    params = eqn.params
-    strides = params["strides"] or (1,) * len(view.axes)
-    picked: list[int] = []
-    for axis, (start, limit, stride) in enumerate(
-        zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    ):
-        if (start, limit, stride) == (0, view.shape[axis], 1):
-            continue
-        if limit - start != 1 or (following := view.index(axis, ("static", start), keep=True)) is None:
-            return None
-        view = following
-        picked.append(start)
-    return view, tuple(picked)
-
-
-def _dynamic_slice(eqn: Any, view: View, others: Sequence[Any]):
-    """As `_slice`, with start values that are known only when the program runs."""
-    picked = []
-    for axis, (size, start) in enumerate(zip(eqn.params["slice_sizes"], others, strict=True)):
-        if size == view.shape[axis]:
-            continue
-        if size != 1 or (following := view.index(axis, ("dynamic", id(eqn), axis), keep=True)) is None:
-            return None
-        view = following
-        # dynamic_slice clamps its start; so does dynamic_index_in_dim, which View.apply uses
-        picked.append(start)
-    return view, tuple(picked)
-
-
-def _same(eqn: Any, view: View, _: Sequence[Any]):
-    return view, ()
-
-
-# primitive -> rule(eqn, view, other operands) -> (view, picked index values) or None where it is no view
-VIEWS: dict[Primitive, Callable[..., tuple[View | None, tuple] | None]] = {
-    prims.transpose_p: _transpose,
-    prims.reshape_p: _reshape,
-    prims.squeeze_p: _squeeze,
-    prims.broadcast_in_dim_p: _broadcast_in_dim,
-    prims.convert_element_type_p: _convert_element_type,
-    prims.slice_p: _slice,
-    prims.dynamic_slice_p: _dynamic_slice,
-    prims.copy_p: _same,
-    prims.stop_gradient_p: _same,
-}
-
-
-def step(eqn: Any, view: View, others: Sequence[Any]) -> tuple[View, tuple] | None:
-    """The view after `eqn`, and the index values that it picked; None where `eqn` is no view primitive.
-
-    Args:
-        eqn: the equation; its first operand is the viewed one.
-        view: the view of its first operand.
-        others: the values of its other operands.
-    """
-    rule = VIEWS.get(eqn.primitive)
-    if rule is None:
-        return None
-    following, picked = rule(eqn, view, others) or (None, ())
-    if following is None:
-        return None
-    out: Any = eqn.outvars[0].aval
-    assert following.shape == tuple(out.shape), f"view of {eqn.primitive} is {following.shape}, not {out}"
-    return following, picked

@@ -71,11 +71,11 @@ def _choose(
         return None, outcome.reason
     floats: dict[int, dict[str, int]] = {axis: {} for axis in _candidates(program)[path]}
     dots = dict.fromkeys(floats, 0)
-    for own, axis, what, codes in walk.reads:
-        if own == path and codes:
-            dots[axis] += 1
-        elif own == path:
-            floats[axis][what] = floats[axis].get(what, 0) + 1
+    for read in walk.reads:
+        if read.path == path and read.codes:
+            dots[read.axis] += 1
+        elif read.path == path:
+            floats[read.axis][read.operation] = floats[read.axis].get(read.operation, 0) + 1
     likely = [axis for axis in floats if dots[axis]] if any(dots.values()) else [max(floats, default=-1)]
     choices = [axis for axis in likely if axis in outcome.axes]
     if not choices:

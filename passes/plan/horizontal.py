@@ -19,8 +19,8 @@ from typing import Any
 from jax.extend.core import Literal
 
 from qjax.passes.analysis.sites import Input, Site, Sites
+from qjax.passes.jaxpr.moves import VIEWS
 from qjax.passes.jaxpr.trace import Address, Program
-from qjax.passes.jaxpr.views import VIEWS
 from qjax.passes.plan.decisions import Entry, Fusion, Joint, Plan
 from qjax.passes.plan.packed_dots import packed_dots
 

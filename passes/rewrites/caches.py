@@ -14,9 +14,10 @@ from jaxtyping import Array
 from qjax.pallas_kernels.ops.cache_dot.api import cache_dot_general
 from qjax.pallas_kernels.packed import qcache
 from qjax.pallas_kernels.packed.qcache import QCache
-from qjax.passes.analysis.cache_moves import MOVES, Move, dot_reading, from_zero, holds_vectors
+from qjax.passes.analysis.cache_flow import dot_reading
 from qjax.passes.jaxpr import control_flow, listing
 from qjax.passes.jaxpr.control_flow import CALLS, LOOPS, carries_of
+from qjax.passes.jaxpr.moves import MOVES, Move, from_zero
 from qjax.passes.jaxpr.trace import Address
 from qjax.passes.jaxpr.values import Cached, float_value
 from qjax.passes.plan.decisions import CachePlan
@@ -37,7 +38,6 @@ class PackedCaches:
         if eqn.primitive not in LOOPS:
             return list(values)
         body = control_flow.bodies(eqn)[-1]
-        first = len(body.feeds) - carries_of(eqn) - sum(feed.how == "scanned" for feed in body.feeds)
         out = list(values)
         for i, feed in enumerate(body.feeds):
             value = out[feed.operand]
@@ -46,7 +46,8 @@ class PackedCaches:
             if feed.how == "scanned":
                 out[feed.operand] = Cached(value.base) if value.position > 0 else value.materialize()
             else:
-                out[feed.operand] = value.base if (address, i - first) in self.plan.kept else value.materialize()
+                kept = (address, i - body.first_carry) in self.plan.kept
+                out[feed.operand] = value.base if kept else value.materialize()
         return out
 
     def inside(self, values: Sequence[Any]) -> list[Any]:
@@ -87,7 +88,7 @@ class PackedCaches:
                 out = move.follow(eqn, i, cached.position)
                 if out is None:
                     continue
-                where = holds_vectors(move, eqn, out, i, cached.position)
+                where = move.along(eqn, out, i, cached.position)
                 if all(_alike(v.stored, cached.stored) and where.get(j) == v.position for j, v in caches):
                     if eqn.primitive is prims.dynamic_update_slice_p and cached.layer is not None and len(caches) == 1:
                         return [_updated(cached, values[1], values[2:])]

@@ -23,7 +23,7 @@ from qjax.pallas_kernels.ops.matmul.api import quantized_matmul
 from qjax.pallas_kernels.ops.ragged_matmul.api import quantized_ragged_matmul
 from qjax.pallas_kernels.ops.take.api import quantized_take
 from qjax.pallas_kernels.packed.qtensor import pick_layer
-from qjax.passes.analysis.sites import SITES, take_axis
+from qjax.passes.analysis.site_axes import SITES, take_axis
 from qjax.passes.jaxpr.control_flow import ragged_dot_general_p
 from qjax.passes.jaxpr.values import EquationRule, Ref
 from qjax.passes.jaxpr.views import Atom
