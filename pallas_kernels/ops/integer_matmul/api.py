@@ -86,7 +86,7 @@ def _type(x: Any, scale: Any, zero: Any, w: QTensor, *, layer: Any, out_dtype: A
 
 
 def _cpu(x: Any, scale: Any, zero: Any, w: QTensor, *, layer: Any, **_: Any) -> Choice | str:
-    name, _ = integer_matmul_cpu.formulation(x, w, layer)
+    name = integer_matmul_cpu.formulation(x, w, layer)[0]
     return Choice(Runs(name), integer_matmul_cpu.matmul)
 
 
