@@ -86,7 +86,8 @@ def _type(x: Any, scale: Any, zero: Any, w: QTensor, *, layer: Any, out_dtype: A
 
 
 def _cpu(x: Any, scale: Any, zero: Any, w: QTensor, *, layer: Any, **_: Any) -> Choice | str:
-    return Choice(Runs(integer_matmul_cpu.formulation(x, w, layer)[0]), integer_matmul_cpu.matmul)
+    name = integer_matmul_cpu.formulation(x, w, layer)[0]
+    return Choice(Runs(name), integer_matmul_cpu.matmul)
 
 
 def _cuda(x: Any, scale: Any, zero: Any, w: QTensor, *, out_dtype: Any, **_: Any) -> Choice | str:
