@@ -119,7 +119,7 @@ class Read:
     Attributes:
         path, axis: the state, and the axis that holds its vectors.
         operation: what reads it.
-        codes: whether it works on codes.
+        codes: how a dot reads codes, "scores" or "values" (`dot_reading`); None where floats are read.
         address: the equation that reads it.
         operand: which of its operands it is; None for what a loop or a branch hands on.
     """
@@ -127,7 +127,7 @@ class Read:
     path: str
     axis: int
     operation: str
-    codes: bool
+    codes: str | None
     address: Address
     operand: int | None
 
@@ -183,7 +183,7 @@ class CacheWalk(ForwardWalk[TrackedCache | _Plain]):
         self, path: str, axes: Iterable[int], operation: str, address: Address, operand: int | None = None
     ) -> None:
         """Notes a read of floats for each of the axes."""
-        self.reads += [Read(path, axis, operation, False, address, operand) for axis in axes]
+        self.reads += [Read(path, axis, operation, None, address, operand) for axis in axes]
 
     def move(self, eqn: Any, operands: list[Any], address: Address) -> list[Any] | None:
         """The results of an operation that moves vectors as wholes; None where none of them stays whole."""
@@ -228,7 +228,7 @@ class CacheWalk(ForwardWalk[TrackedCache | _Plain]):
             if isinstance(value, TrackedCache):
                 depends.add(value.path)
                 for axis, p in value.at:
-                    codes = dot and dot_reading(eqn, i, p) is not None
+                    codes = dot_reading(eqn, i, p) if dot else None
                     self.reads.append(Read(value.path, axis, eqn.primitive.name, codes, address, i))
                 if not dot:
                     lost[value.path] = eqn.primitive.name

@@ -1,17 +1,18 @@
-"""Attention on packed key-value caches, found in a program: scores, a softmax, and a product with the values.
+"""`plan_attention`: scores, a softmax and a product with the values, on packed key-value caches, as one operation.
 
-`find` matches equations of one body of the program, by their form alone:
+Equations of one body of the program are matched by their form alone:
 
     dot_general; transposes, casts, products with numbers, at most one `jnp.where(mask, scores, number)`;
     `jax.nn.softmax` over the last axis; casts; dot_general
 
-where nothing else reads what is between. Whether both dots read packed caches is only known when they run: then
-they are one `cache_attention`, else the equations run one by one.
+where nothing else reads what is between, the first dot reads the codes of packed keys and the last those of packed
+values (`CachePlan.dots`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,19 +21,27 @@ from jax.extend.core import Literal as JaxprLiteral
 from jax.extend.core import primitives as prims
 
 from qjax.passes.jaxpr import control_flow
-from qjax.passes.jaxpr.trace import Address
-from qjax.passes.plan.decisions import Attention
+from qjax.passes.jaxpr.trace import Address, Program
+from qjax.passes.plan.decisions import Attention, CachePlan
 
 
-def find(jaxpr: Any, without: Collection[Address] = (), body: Address = ()) -> list[Attention]:
-    """All such equations of a program.
+def plan_attention(
+    program: Program, caches: CachePlan, without: Collection[Address] = (), names: Mapping[Address, str] | None = None
+) -> tuple[Attention, ...]:
+    """Attention whose keys and values are packed caches, in every body of a program.
 
     Args:
-        jaxpr: of the program.
+        program: of the call.
+        caches: what is decided about its state.
         without: equations that something else is done to.
-        body: address of the jaxpr.
+        names: of the matmuls of activations, by address.
     """
-    found = []
+    return tuple(_found(program.jaxpr, (), caches, frozenset(without), names or {}))
+
+
+def _found(
+    jaxpr: Any, body: Address, caches: CachePlan, without: frozenset[Address], names: Mapping[Address, str]
+) -> Iterator[Attention]:
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     readers: dict[Any, list[int]] = {}
     for i, eqn in enumerate(jaxpr.eqns):
@@ -40,16 +49,16 @@ def find(jaxpr: Any, without: Collection[Address] = (), body: Address = ()) -> l
             if not isinstance(atom, JaxprLiteral):
                 readers.setdefault(atom, []).append(i)
         for inner in control_flow.bodies(eqn):
-            found += find(inner.jaxpr, without, (*body, i, inner.name))
+            yield from _found(inner.jaxpr, (*body, i, inner.name), caches, without, names)
     for atom in jaxpr.outvars:
         if not isinstance(atom, JaxprLiteral):
             readers.setdefault(atom, []).append(len(jaxpr.eqns))
     for i, eqn in enumerate(jaxpr.eqns):
         if eqn.primitive is prims.dot_general_p:
-            attention = _Match(jaxpr.eqns, readers, body).attention(i)
-            if attention is not None and not any((*body, number) in without for number in attention.equations):
-                found.append(attention)
-    return found
+            found = _Match(jaxpr.eqns, readers, body, caches).attention(i)
+            if found is not None and not any((*body, number) in without for number in found.equations):
+                products = ((*body, found.scores), (*body, found.result))
+                yield dataclasses.replace(found, names=tuple(names[a] for a in products if a in names))
 
 
 class _NoMatch(Exception):
@@ -59,8 +68,8 @@ class _NoMatch(Exception):
 class _Match:
     """Follows one value from a dot on."""
 
-    def __init__(self, eqns: Any, readers: dict[Any, list[int]], body: Address):
-        self.eqns, self.readers, self.body = eqns, readers, body
+    def __init__(self, eqns: Any, readers: dict[Any, list[int]], body: Address, caches: CachePlan):
+        self.eqns, self.readers, self.body, self.caches = eqns, readers, body, caches
         self.taken: list[int] = []
 
     def attention(self, scores: int) -> Attention | None:
@@ -70,7 +79,18 @@ class _Match:
         except _NoMatch:
             return None
 
+    def reading(self, number: int, operand: int) -> str | None:
+        """How a dot reads the codes of a cache, if it does."""
+        return self.caches.dots.get(((*self.body, number), operand))
+
+    def place(self, value: Any) -> tuple[int, int]:
+        """An equation and its operand that is this value."""
+        return next((i, j) for i in self.taken for j, atom in enumerate(self.eqns[i].invars) if atom is value)
+
     def match(self, scores: int) -> Attention:
+        keys = [operand for operand in (0, 1) if self.reading(scores, operand) == "scores"]
+        if len(keys) != 1 or self.reading(scores, 1 - keys[0]) is not None:
+            raise _NoMatch
         self.taken.append(scores)
         value = self.eqns[scores].outvars[0]
         order, steps, mask = tuple(range(len(value.aval.shape))), [], None
@@ -95,15 +115,19 @@ class _Match:
             value = eqn.outvars[0]
         if eqn.primitive is not prims.dot_general_p or [*eqn.invars].count(value) != 1:
             raise _NoMatch
+        result, weights = self.taken[-1], [*eqn.invars].index(value)
+        if self.reading(result, 1 - weights) != "values":
+            raise _NoMatch
         return Attention(
             self.body,
             tuple(sorted(self.taken)),
             scores,
-            self.taken[-1],
-            [*eqn.invars].index(value),
+            result,
+            weights,
             order,
             tuple(steps),
-            mask,
+            keys[0],
+            None if mask is None else self.place(mask),
             jnp.dtype(value.aval.dtype),
         )
 

@@ -201,4 +201,15 @@ def _carried_out(
     else:
         names = list(results)
     axes = {name: entry.axis for name, entry in packed.items() if entry.axis is not None}
-    return CachePlan(tuple(entries), _kept(walk, axes), tuple(None if n is None else packed.get(n) for n in names))
+    dots = {
+        (read.address, read.operand): read.codes
+        for read in walk.reads
+        if read.codes and axes.get(read.path) == read.axis and _multiplies_codes(packed[read.path])
+    }
+    returned = tuple(None if n is None else packed.get(n) for n in names)
+    return CachePlan(tuple(entries), _kept(walk, axes), returned, dots)
+
+
+def _multiplies_codes(entry: CacheEntry) -> bool:
+    """Whether a dot takes the codes of a cache as they are; values of codebooks are exact in float32 only."""
+    return entry.spec is not None and entry.spec.format.kind != "codebook"

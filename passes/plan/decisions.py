@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -24,7 +25,7 @@ from qjax.passes.plan import show
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Equations that may be attention on packed caches.
+    """The decision to carry out attention on packed caches as one operation.
 
     Attributes:
         body: address of the body that has them.
@@ -32,7 +33,8 @@ class Attention:
         scores, result: the numbers of the two products.
         weights: which operand of the second is the probabilities.
         order, steps: as in `AttentionSpec`; a step ("mask", ...) belongs to `mask`.
-        mask: the variable of the mask, or None.
+        keys: which operand of the first product is the packed keys.
+        mask: the equation and its operand that is the mask, or None.
         dtype: of the probabilities.
         names: of the two products, as the plan lists matmuls of activations.
     """
@@ -44,7 +46,8 @@ class Attention:
     weights: int
     order: tuple[int, ...]
     steps: tuple[Any, ...]
-    mask: Any
+    keys: int
+    mask: tuple[int, int] | None
     dtype: Any
     names: tuple[str, ...] = ()
 
@@ -207,11 +210,14 @@ class CachePlan:
         entries: one for each float state variable of at least two axes, in the order of the program's inputs.
         kept: results (equation, number) that stay packed where the operation alone does not tell.
         results: per result of the program, the state of which it is the new value and which is packed, or None.
+        dots: (equation, operand) -> how a dot reads the codes of a cache: "scores", where it contracts the vectors, or
+            "values", where it makes them. Every other equation that is no move gets floats.
     """
 
     entries: tuple[CacheEntry, ...] = ()
     kept: frozenset[tuple[Address, int]] = frozenset()
     results: tuple[CacheEntry | None, ...] = ()
+    dots: Mapping[tuple[Address, int | None], str] = dataclasses.field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.entries)

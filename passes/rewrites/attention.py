@@ -10,13 +10,12 @@ from jaxtyping import Array
 
 from qjax.pallas_kernels.ops.cache_attention.api import cache_attention
 from qjax.pallas_kernels.ops.cache_attention.reference import AttentionSpec, CacheDot
-from qjax.passes.jaxpr.values import Cached, Fused, Scope
+from qjax.passes.jaxpr.values import Cached, Fused, Scope, float_value
 from qjax.passes.plan.decisions import Attention
-from qjax.passes.rewrites.caches import dot_reads
 
 
-def attend(found: Attention, eqns: Any, read: Callable[[Any], Any]) -> Array | None:
-    """The result of the last equation, where both dots read packed caches; else None.
+def attend(found: Attention, eqns: Any, read: Callable[[Any], Any]) -> Array:
+    """The result of the last of these equations.
 
     Args:
         found: the decision.
@@ -24,26 +23,21 @@ def attend(found: Attention, eqns: Any, read: Callable[[Any], Any]) -> Array | N
         read: the value of a variable.
     """
     first, last = eqns[found.scores], eqns[found.result]
-    operands = [read(atom) for atom in first.invars]
-    values = read(last.invars[1 - found.weights])
-    packed = [i for i, operand in enumerate(operands) if isinstance(operand, Cached)]
-    if len(packed) != 1 or not isinstance(values, Cached):
-        return None
-    which = packed[0]
-    keys, q = operands[which], operands[1 - which]
-    mask = None if found.mask is None else read(found.mask)
-    if any(hasattr(value, "materialize") for value in (q, mask)):
-        return None
-    if dot_reads(first, which, keys) != "scores" or dot_reads(last, 1 - found.weights, values) != "values":
-        return None
-    if mask is not None:
+    keys, q = (read(first.invars[operand]) for operand in (found.keys, 1 - found.keys))
+    values, mask = read(last.invars[1 - found.weights]), None
+    assert isinstance(keys, Cached)
+    assert isinstance(values, Cached)
+    if found.mask is not None:
+        number, operand = found.mask
+        mask = float_value(read(eqns[number].invars[operand]))
         mask = jnp.reshape(mask != 0, (1,) * (len(found.order) - jnp.ndim(mask)) + jnp.shape(mask))
     spec = AttentionSpec(
-        _product(first, which), found.order, found.steps, found.dtype, _product(last, 1 - found.weights)
+        _product(first, found.keys), found.order, found.steps, found.dtype, _product(last, 1 - found.weights)
     )
+    q = jnp.asarray(float_value(q))
     if keys.layer is None or values.layer is None:
-        return cache_attention(jnp.asarray(q), keys.base, values.base, mask, spec)
-    return cache_attention(jnp.asarray(q), keys.stored, values.stored, mask, spec, (keys.layer, values.layer))
+        return cache_attention(q, keys.base, values.base, mask, spec)
+    return cache_attention(q, keys.stored, values.stored, mask, spec, (keys.layer, values.layer))
 
 
 def _product(eqn: Any, operand: Any) -> CacheDot:
@@ -51,10 +45,9 @@ def _product(eqn: Any, operand: Any) -> CacheDot:
 
 
 def fused_attention(found: Attention) -> Fused:
-    """The equations of attention as one, where its dots read packed caches when they run."""
+    """The equations of attention as one."""
 
-    def rule(eqns: Sequence[Any], read: Callable[[Any], Any], scope: Scope) -> list[Any] | None:
-        out = attend(found, eqns, read)
-        return None if out is None else [out]
+    def rule(eqns: Sequence[Any], read: Callable[[Any], Any], scope: Scope) -> list[Any]:
+        return [attend(found, eqns, read)]
 
     return Fused(found.body, found.equations, rule, place=found.equations[-1])

@@ -14,7 +14,6 @@ from jaxtyping import Array
 from qjax.pallas_kernels.ops.cache_dot.api import cache_dot_general
 from qjax.pallas_kernels.packed import qcache
 from qjax.pallas_kernels.packed.qcache import QCache
-from qjax.passes.analysis.cache_flow import dot_reading
 from qjax.passes.jaxpr import control_flow, listing
 from qjax.passes.jaxpr.control_flow import CALLS, LOOPS, carries_of
 from qjax.passes.jaxpr.moves import MOVES, Move, from_zero
@@ -93,10 +92,9 @@ class PackedCaches:
                     if eqn.primitive is prims.dynamic_update_slice_p and cached.layer is not None and len(caches) == 1:
                         return [_updated(cached, values[1], values[2:])]
                     return [_moved(move, eqn, values, cached.base, out, where)]
-        if eqn.primitive is prims.dot_general_p:
-            i, cached = caches[0]
-            if (result := _dot(eqn, [v if j == i else float_value(v) for j, v in enumerate(values)], i)) is not None:
-                return [result]
+        first, _ = caches[0]
+        if (address, first) in self.plan.dots:
+            return [_dot(eqn, values, first)]
         return control_flow.bind(eqn, [float_value(v) for v in values])
 
     def returned(self, values: Sequence[Any]) -> list[Any]:
@@ -148,23 +146,11 @@ def _moved(move: Move, eqn: Any, values: Sequence[Any], like: QCache, out: int, 
     return Cached(qcache.from_leaves(moved, like, out, eqn.outvars[0].aval.dtype))
 
 
-def dot_reads(eqn: Any, operand: int, cached: Cached) -> str | None:
-    """How a dot reads this operand: "scores" or "values" (`cache_dot.reading`), or None where it needs floats.
-
-    Values of codebooks are exact in float32 only.
-    """
-    codebook = cached.stored.spec.format.kind == "codebook"
-    return None if codebook else dot_reading(eqn, operand, cached.position)
-
-
-def _dot(eqn: Any, values: Sequence[Any], operand: Any) -> Array | None:
-    """A product with codes, or None where it needs floats."""
-    cached, x = values[operand], values[1 - operand]
-    if dot_reads(eqn, operand, cached) is None:
-        return None
+def _dot(eqn: Any, values: Sequence[Any], operand: Any) -> Array:
+    """A product with the codes of an operand."""
     return cache_dot_general(
-        jnp.asarray(x),
-        cached.base,
+        jnp.asarray(float_value(values[1 - operand])),
+        values[operand].base,
         eqn.params["dimension_numbers"],
         operand=operand,
         precision=eqn.params["precision"],

@@ -12,7 +12,7 @@ from qjax.pallas_kernels.packed.qcache import QCache
 from qjax.pallas_kernels.packed.qtensor import FoldedParam, QTensor
 from qjax.passes.analysis.sites import Sites, find_sites
 from qjax.passes.jaxpr.trace import Program
-from qjax.passes.plan.attention import find as find_attention
+from qjax.passes.plan.attention import plan_attention
 from qjax.passes.plan.caches import plan_caches, plan_given
 from qjax.passes.plan.decisions import Plan
 from qjax.passes.plan.epilogues import plan_fusions
@@ -83,8 +83,9 @@ def compile_call(call: Call, recipe: Recipe, wanted: Wanted, *, strict: bool, ra
         joints = plan_joints(program, sites, plan, fusions)
         plan = dataclasses.replace(plan, fusions=fusions, joints=joints)
     if plan.caches and (given or wanted.products):
-        attentions = find_attention(program.jaxpr, {site.address for site in plan.sites})
-        plan = dataclasses.replace(plan, attentions=tuple(attentions))
+        names = {matmul.address: matmul.name for matmul in sites.unweighted}
+        attentions = plan_attention(program, plan.caches, {site.address for site in plan.sites}, names)
+        plan = dataclasses.replace(plan, attentions=attentions)
     return Compiled(program, sites, plan, {**known, **params})
 
 

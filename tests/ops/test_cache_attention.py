@@ -30,7 +30,7 @@ from qjax.pallas_kernels.packed import qcache
 from qjax.pallas_kernels.packed.qcache import CacheSpec, QCache
 from qjax.passes.jaxpr.replay import replay
 from qjax.passes.jaxpr.trace import Program, trace
-from qjax.passes.plan.attention import find
+from qjax.passes.plan.attention import plan_attention
 from qjax.passes.plan.caches import plan_given
 from qjax.passes.plan.decisions import CachePlan
 from qjax.passes.rewrites import attention as rewrites_attention
@@ -85,7 +85,7 @@ def attended(q: Any, keys: Any, values: Any, mask: Any, scale: float) -> tuple[n
 
 def replayed(program: Program, values: Sequence[Any], plan: CachePlan) -> jax.Array:
     """The first result of a program on packed caches, as qjax runs it."""
-    attentions = [fused_attention(found) for found in find(program.jaxpr)]
+    attentions = [fused_attention(found) for found in plan_attention(program, plan)]
     return replay(program, values, rules=lower.RULES, fused=attentions, state=PackedCaches(plan))[0][0]
 
 
