@@ -135,7 +135,6 @@ def _multiplied(
         sums = gpu_operands.row_sums(codes[:, :m], zero, group)
         if whole:
             of_x["sums"] = jnp.pad(sums, ((0, 0), (0, 0), (0, beyond)))
-
     packed = [Packed.of(w, layer, zeros=whole) for w, layer in zip(weights, layers, strict=True)]
     read = [as_read(a, blocks.m) for a in others] if inside else []
     results = [out[..., :m, :] for out in mosaic_kernel.call(product, of_x, packed, read, interpret)]

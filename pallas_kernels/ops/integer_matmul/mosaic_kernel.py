@@ -135,7 +135,7 @@ def _kernel(
         product: what is computed.
         of_x: names of the operands that belong to x.
         arrays: of each weight.
-        units: tiles of the result, times splits.
+        units: tiles of the result, times matrices and splits.
         stack: matrices of a layer.
         refs: those operands, other ones of the epilogue, and the results, in global memory.
         scratch: shared memory and barriers.

@@ -92,7 +92,7 @@ def call(
     packed = list(itertools.chain(*panels))
     operands = [x, *itertools.chain(*(w.arrays for w in packed)), *others]
     return launch(
-        functools.partial(_kernel, product, units, stack, packed[0].zeros is not None),
+        functools.partial(_kernel, product, len(packed[0].arrays), units, stack),
         operands,
         out_type=[
             jax.ShapeDtypeStruct((blocks.splits, stack, product.m, width), product.out_dtype)
@@ -107,14 +107,14 @@ def call(
     )
 
 
-def _kernel(product: Product, units: int, stack: int, has_zeros: bool, *refs: Any, **scratch: Any) -> None:
+def _kernel(product: Product, arrays: int, units: int, stack: int, *refs: Any, **scratch: Any) -> None:
     """What one warpgroup does.
 
     Args:
         product: what is computed.
-        units: tiles of the results, times splits.
+        arrays: of each weight.
+        units: tiles of the results, times matrices and splits.
         stack: matrices of a layer.
-        has_zeros: whether weights have zero points.
         refs: x; index of the layer, words, scales, zero points of each weight; other operands; the results: in global
             memory.
         scratch: shared memory and barriers.
@@ -122,12 +122,10 @@ def _kernel(product: Product, units: int, stack: int, has_zeros: bool, *refs: An
     blocks, columns, count = product.blocks, product.blocks.n // WGMMA_ROWS, product.beside.weights
     rest = iter(refs)
     (x_ref,) = itertools.islice(rest, 1)
-    arrays = 3 + has_zeros
     panels = [[Weight.of(list(itertools.islice(rest, arrays)), stack) for _ in range(count)] for _ in product.widths]
     others = list(itertools.islice(rest, len(product.beside.others)))
     results = [list(itertools.islice(rest, product.results)) for _ in panels]
     warpgroup, registers = lax.axis_index("warpgroup"), registers_for(blocks.warpgroups)
-
     ring = Ring.of(blocks, scratch)
 
     def each(body: Callable[[int, Tile, Array], None]) -> Array:
