@@ -20,11 +20,11 @@ from jax import export as jax_export
 
 from qjax.artifact.bound import BoundCall, array_inputs, bind_call, check_inputs, original_call
 from qjax.artifact.card import model_card
-from qjax.artifact.exported import EXPORT_VERSION
 from qjax.artifact.signature import Signature, is_array, plain
 from qjax.artifact.state import check_state, write_state
 from qjax.checkpoint.folder import file_info, manifest_crc, new_folder
 from qjax.checkpoint.leaves import assemble, describe, group, write_leaves
+from qjax.checkpoint.manifest import EXPORT_VERSION
 from qjax.checkpoint.orbax import header
 from qjax.compile.calibration import arguments
 from qjax.pallas_kernels.packed.qtensor import is_packed

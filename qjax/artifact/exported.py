@@ -30,13 +30,11 @@ import numpy as np
 from jax import export as jax_export
 
 from qjax.artifact.signature import Signature, is_array, plain, split_fixed
-from qjax.checkpoint.folder import CheckpointError, check_files, manifest_crc, read_manifest
+from qjax.checkpoint.folder import CheckpointError, check_files
 from qjax.checkpoint.leaves import assemble, describe, group, nested, read_leaves
+from qjax.checkpoint.manifest import EXPORTED, EXPORTS, LEAVES_ALONE, read_manifest
 from qjax.pallas_kernels.packed.qtensor import is_packed
 from qjax.passes.jaxpr.trace import path_name
-
-EXPORT_VERSION = 1
-"""Version of the layout of the folder; a reader takes its own and older ones."""
 
 
 class ExportedModel:
@@ -116,13 +114,18 @@ class ExportedModel:
             wanted = ", ".join(f"{name}=..." for name in sorted(symbols))
             raise TypeError(f"qjax: the state has the symbolic sizes {sorted(symbols)}: call init_state({wanted}).")
         folder = self.path / "state"
-        stored = read_manifest(folder)["leaves"] if (folder / "manifest.json").exists() else []
+        stored = read_manifest(folder, fields=LEAVES_ALONE)["leaves"] if (folder / "manifest.json").exists() else []
         arrays = read_leaves(folder, list(enumerate(stored))) if stored else {}
         values = {e["path"]: assemble(e["leaf"], arrays[group(i, e["path"])]) for i, e in enumerate(stored)}
         out = []
         for info, leaf in zip(self.manifest["state"], leaves, strict=True):
             if info["path"] in values:
                 out.append(values[info["path"]])
+            elif "fill" not in info:
+                raise CheckpointError(
+                    f"qjax: {folder} has no first value of the state {info['path']}: copy the folder again, or export "
+                    "the model again."
+                )
             else:
                 shape = tuple(sizes[str(d)] if jax_export.is_symbolic_dim(d) else d for d in leaf.shape)
                 out.append(jnp.full(shape, info["fill"], leaf.dtype))
@@ -245,7 +248,7 @@ def load_exported(path: str | os.PathLike[str], *, verify: bool = True) -> Expor
         >>> logits = m(tokens)
     """
     folder = Path(path).absolute()
-    manifest = read_export_manifest(folder)
+    manifest = read_manifest(folder, EXPORTS, EXPORTED)
     check_files(folder, manifest["files"], verify)
     lowest = jax_export.minimum_supported_calling_convention_version
     highest = jax_export.maximum_supported_calling_convention_version
@@ -266,6 +269,7 @@ def load_exported(path: str | os.PathLike[str], *, verify: bool = True) -> Expor
                 f"qjax: JAX {jax.__version__} cannot read {file}, written by JAX {writer}: {type(error).__name__}: "
                 f"{str(error)[:400]}. Upgrade JAX, or export the model again."
             ) from error
+    _check_programs(folder, manifest, exported)
     entries = read_manifest(folder / "weights")["leaves"]
     weights = None
     if manifest["has_weights"]:
@@ -274,33 +278,22 @@ def load_exported(path: str | os.PathLike[str], *, verify: bool = True) -> Expor
     return ExportedModel(folder, manifest, entries, exported, weights)
 
 
-def read_export_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of an exported model.
-
-    Raises:
-        FileNotFoundError: nothing is at `path`.
-        CheckpointError: no exported model, a damaged one, or one of a newer layout.
-    """
-    folder = Path(path).absolute()
-    if not folder.exists():
-        raise FileNotFoundError(f"qjax: there is no exported model at {folder}.")
-    file = folder / "manifest.json"
-    try:
-        manifest = json.loads(file.read_text())
-        if manifest.get("format") != "qjax exported model":
-            raise CheckpointError(
-                f"qjax: {folder} is no exported model. What qjax.save wrote is read with qjax.restore(path, model)."
-            )
-        crc = manifest.pop("crc32")
-    except FileNotFoundError:
-        raise CheckpointError(f"qjax: {folder} is no exported model: it has no manifest.json.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"qjax: {file} is damaged or foreign ({error!r}); export the model again.") from None
-    if manifest_crc(manifest) != crc:
-        raise CheckpointError(f"qjax: {file} was changed after it was written (checksum); export the model again.")
-    if manifest["format_version"] > EXPORT_VERSION:
-        raise CheckpointError(
-            f"qjax: {folder} has layout {manifest['format_version']}, written by qjax {manifest['libraries']['qjax']}; "
-            f"this qjax reads up to {EXPORT_VERSION}. Upgrade qjax."
-        )
-    return manifest
+def _check_programs(folder: Path, manifest: Mapping[str, Any], exported: Sequence[jax_export.Exported]) -> None:
+    """What the manifest says of each program fits its signature."""
+    for i, (info, program) in enumerate(zip(manifest["programs"], exported, strict=True)):
+        (_, *args), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+        state = args[0] if info["stateful"] and args else None
+        inputs = len(args) - info["stateful"]
+        for field, fits in (
+            ("stateful", info["stateful"] == bool(manifest["state"])),
+            ("arguments", len(info["arguments"]) == inputs),
+            ("donated", all(place < inputs for place in info["donated"])),
+            ("state", len(manifest["state"]) == len(jax.tree.leaves(state))),
+        ):
+            if not fits:
+                where = "state" if field == "state" else f"programs[{i}].{field}"
+                found = manifest["state"] if field == "state" else info[field]
+                raise CheckpointError(
+                    f"qjax: {folder / 'manifest.json'}: {where!r} is {found!r}, which does not fit {info['file']}: "
+                    "copy the folder again, or export the model again."
+                )

@@ -264,7 +264,7 @@ def read_leaves(
                     f"qjax: {key}.{name} is {a.dtype}{list(a.shape)} on disk but {aval.dtype}{list(aval.shape)} in "
                     "the manifest: the two are from different checkpoints."
                 )
-            if verify and _crc(a) != entry["arrays"][name]["crc32"]:
+            if verify and _crc(a) != entry["arrays"][name].get("crc32"):
                 raise CheckpointError(
                     f"qjax: {entry['path']!r} ({name}) in {path} does not have the contents that were saved "
                     "(checksum). The file is damaged: restore it from a copy or save the model again."

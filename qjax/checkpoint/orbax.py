@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.checkpoint.folder import CheckpointError, library_versions, new_folder, read_manifest
+from qjax.checkpoint.folder import CheckpointError, library_versions, new_folder
 from qjax.checkpoint.leaves import Leaf, Shardings, assemble, group, nested, read_leaves, steps_of, write_leaves
+from qjax.checkpoint.manifest import read_manifest
 from qjax.models.arrange import arrange
 from qjax.models.binding import RANGES, Binding
 from qjax.models.frameworks import binding_of
