@@ -85,24 +85,6 @@ def reference(x: Any, scale: Any, w: QTensor, layer: Any = None) -> jax.Array:
     return fp8_matmul_reference.matmul(x, w, layer=layer, precision=lax.Precision.DEFAULT) * scale
 
 
-CASES = [
-    {},
-    {"formats": "e4m3 e5m2", "granularity": PerTensor(), "order": "kn", "rows": 1, "k": 33, "n": 5},
-    {"formats": "e5m2 e4m3", "order": "kn", "rows": 5, "k": 7, "n": 1},
-    {"formats": "e5m2 e5m2", "granularity": PerGroup(64), "rows": 2, "k": 64, "n": 3},
-    {"stack": (2, 2), "order": "kn"},
-    {"stack": (2,), "layers": 3, "granularity": PerTensor()},
-]
-
-
-@pytest.mark.parametrize("multiply", [fp8_matmul, reference])
-@pytest.mark.parametrize("options", CASES, ids=str)
-def test_product_of_codes(options: dict[str, Any], multiply: Any):
-    case = Case(**options)
-    layer = -1 if "layers" in options else None
-    case.check(jax.jit(multiply, static_argnames="layer")(case.x, case.scale, case.w, layer=layer), layer)
-
-
 @pytest.mark.parametrize("options", [{"order": "kn", "k": 100}, {"layers": 2, "stack": (2,)}], ids=str)
 def test_cpu_converts_block_by_block(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """No float32 array in the program has as many values as the weight."""

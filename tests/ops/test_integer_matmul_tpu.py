@@ -5,7 +5,6 @@ That it compiles for each chip is the matter of `test_tpu_compile`.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -18,8 +17,7 @@ from hypothesis import strategies as st
 from test_integer_matmul import Case, Fused, assert_same_bits
 
 from qjax.pallas_kernels.numbers.activation_ranges import ActSpec, MinMax
-from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
-from qjax.pallas_kernels.numbers.stored_scales import Scales
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
 from qjax.pallas_kernels.ops.integer_matmul import tpu as integer_matmul_tpu
 from qjax.pallas_kernels.ops.integer_matmul.api import integer_matmul
 from qjax.pallas_kernels.ops.integer_matmul.tpu import Blocks
@@ -44,25 +42,6 @@ def check(case: Case, tiles: Blocks | None) -> None:
 
 # Bits, granularity, order, zero points of x and w, rows, K: every format; several tiles along each axis, and no axis is
 # a multiple of its tile.
-FORMS: list[tuple[int, Any, Any, str, int, int]] = [
-    *((bits, PerChannel(), "kn", "", 3, 600) for bits in range(2, 8)),
-    (8, PerChannel(), "kn", "xw", 130, 600),
-    (8, PerChannel(), "nk", "", 1, 600),
-    (8, PerChannel(), "nk", "xw", 31, 600),
-    (8, PerTensor(), "nk", "x", 32, 100),
-    (4, PerTensor(), "kn", "xw", 64, 513),
-    (8, PerGroup(128), "kn", "x", 32, 600),
-    (4, PerGroup(128), "kn", "", 16, 512),
-    (4, PerGroup(32), "kn", "xw", 130, 600),
-    (5, PerGroup(64), "kn", "w", 31, 512),
-    (2, PerGroup(16), "kn", "x", 2, 300),
-]
-
-
-@pytest.mark.parametrize(("bits", "granularity", "order", "zeros", "rows", "k"), FORMS, ids=str)
-def test_same_bits_as_the_exact_sum(bits: int, granularity: Any, order: Any, zeros: str, rows: int, k: int):
-    case = Case(bits, granularity, rows=rows, k=k, n=130, order=order, zero="x" in zeros, weight_zero="w" in zeros)
-    check(case, Blocks(min(128, -(-rows // 32) * 32), 128, 256))
 
 
 @pytest.mark.parametrize(
@@ -94,36 +73,6 @@ def test_groups_and_tiles_of_several_sizes(bits: int, group: int, tiles: Blocks,
 def test_awkward_shapes(bits: int, rows: int, k: int, n: int, group: int | None, zero: bool):
     granularity = PerGroup(group) if group else PerChannel()
     check(Case(bits, granularity, rows=rows, k=k, n=n, zero=zero, weight_zero=zero), None)
-
-
-def test_stack_and_layer():
-    """Two experts in each of three layers; an index out of range is clamped, a negative one counts from the end."""
-    options: dict[str, Any] = {"layers": 3, "stack": (2,), "rows": 3, "zero": True, "weight_zero": True}
-    grouped, nk, half = (
-        Case(4, PerGroup(32), **options),
-        Case(8, PerChannel(), order="nk", **options),
-        Case(4, PerGroup(64), **options),
-    )
-    half.scales = np.asarray(half.scales.astype(np.float16), np.float32)
-    scales = dataclasses.replace(half.w.scales, values=jnp.asarray(half.scales, jnp.float16))
-    half.w = dataclasses.replace(half.w, scales=scales)
-    cases = (grouped, nk, half)
-    run = jax.jit(lambda operands, layer: [kernel(*o, layer=layer) for o in operands])
-    for layer, picked in ((0, 0), (1, 1), (7, 2), (-1, 2), (-9, 0)):
-        for case, out in zip(cases, run([case.operands for case in cases], jnp.int32(layer)), strict=True):
-            assert_same_bits(out, case.expected(picked))
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_scales_of_16_bits_and_one_rounding_of_the_result(dtype: Any):
-    case = Case(4, PerGroup(32))
-    case.scales = np.asarray(case.scales.astype(dtype), np.float32)
-    spec = QuantSpec(FORMATS["int4"], PerGroup(32), scale_dtype=jnp.dtype(dtype).name, scale_rule=AbsMax())
-    w = QTensor(case.w.words, Scales(jnp.asarray(case.scales, dtype)), spec, case.w.layout, case.w.dtype)
-    out = jax.jit(functools.partial(kernel, out_dtype=dtype))(case.x, case.scale, None, w)
-    assert out.dtype == dtype
-    with np.errstate(over="ignore"):
-        assert_same_bits(np.asarray(out, np.float32), np.asarray(case.expected().astype(dtype), np.float32))
 
 
 def test_double_quantized_scales():

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
-from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, PerTensor, QuantSpec
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
 from qjax.pallas_kernels.ops.matmul import cpu as matmul_cpu
 from qjax.pallas_kernels.ops.matmul.api import quantized_matmul
 from qjax.pallas_kernels.ops.take.api import quantized_take
@@ -23,7 +22,6 @@ from qjax.pallas_kernels.packed.layout import Layout
 from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 K, N = 200, 33  # no group of 32 or 24 divides K, N is odd
-ROWS = (1, 3, 8, 33)
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
@@ -31,14 +29,6 @@ def _spec(name: str, granularity: Any, **options: Any) -> QuantSpec:
     return QuantSpec(FORMATS[name], granularity, scale_rule=AbsMax(), **options)
 
 
-SPECS = [_spec(name, granularity) for name in FORMATS for granularity in (PerChannel(), PerGroup(24))]
-SPECS += [_spec(name, g) for name in ("int4", "int8", "nf4") for g in (PerTensor(), PerGroup(32), PerGroup(160))]
-SPECS += [
-    _spec(name, granularity, zero_point=True, scale_dtype="bfloat16")
-    for name in ("int3", "int4", "int8")
-    for granularity in (PerChannel(), PerGroup(32))
-]
-SPECS += [_spec(name, PerGroup(32), double_quant=True) for name in ("int4", "nf4")]
 FEW = [
     _spec("int4", PerGroup(32), scale_dtype="bfloat16"),
     _spec("int8", PerChannel()),
@@ -86,81 +76,6 @@ def assert_product(actual: Any, x: Any, m: np.ndarray, weight_eps: float = 0.0) 
 
 
 # --- The product -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.usefixtures("small_blocks")
-def test_every_format_in_blocks(spec: QuantSpec):
-    w, xs = _pack(spec), [_array(rows, K, seed=1) for rows in (1, 3)]
-    out = jax.jit(lambda xs, w: [quantized_matmul(x, w) for x in xs])(xs, w)
-    for x, y in zip(xs, out, strict=True):
-        assert y.dtype == jnp.float32
-        assert_product(y, x, _dense(w))
-
-
-@pytest.mark.parametrize("spec", FEW, ids=str)
-@pytest.mark.parametrize("blocks", ["small", "one"])
-def test_rows_and_orders(spec: QuantSpec, blocks: str, monkeypatch: pytest.MonkeyPatch):
-    if blocks == "small":
-        monkeypatch.setattr(matmul_cpu, "BLOCK_VALUES", 32 * N)
-    weights = {order: _pack(spec, order=order) for order in ("kn", "nk")}
-    xs, ts = [_array(rows, K, seed=2) for rows in ROWS], [_array(rows, N, seed=2) for rows in (1, 8)]
-
-    @jax.jit
-    def run(xs, ts, weights):
-        return {
-            order: [[quantized_matmul(x, w) for x in xs], [quantized_matmul(t, w, transpose=True) for t in ts]]
-            for order, w in weights.items()
-        }
-
-    for order, (forward, backward) in run(xs, ts, weights).items():
-        m = _dense(weights[order])
-        for x, y in zip(xs, forward, strict=True):
-            assert_product(y, x, m)
-        for t, y in zip(ts, backward, strict=True):
-            assert_product(y, t, m.T)
-
-
-@pytest.mark.parametrize(
-    ("x_dtype", "w_dtype", "casts", "preferred"),
-    [
-        (jnp.bfloat16, jnp.float32, (jnp.bfloat16,), None),
-        (jnp.bfloat16, jnp.bfloat16, (), None),
-        (jnp.bfloat16, jnp.float32, (jnp.bfloat16,), jnp.float32),
-        (jnp.float32, jnp.bfloat16, (jnp.float32,), None),
-        (jnp.float16, jnp.float32, (jnp.float16,), None),
-    ],
-)
-@pytest.mark.usefixtures("small_blocks")
-def test_dtypes(x_dtype: Any, w_dtype: Any, casts: tuple[Any, ...], preferred: Any):
-    """Where the result is float32 the casts of the weight show, and must be done; else they may be left out."""
-    weights = [_pack(spec, dtype=w_dtype) for spec in FEW[:2]]
-    xs = [_array(rows, K, seed=3, dtype=x_dtype) for rows in (1, 8)]
-
-    @jax.jit
-    def run(xs, weights):
-        return [quantized_matmul(x, w, casts=casts, preferred_element_type=preferred) for x in xs for w in weights]
-
-    for (x, w), y in zip(itertools.product(xs, weights), run(xs, weights), strict=True):
-        m = w.matrix().astype(casts[-1] if casts else w_dtype)
-        expected = lax.dot_general(x, m, (((1,), (0,)), ((), ())), None, preferred)
-        assert y.dtype == expected.dtype
-        rounded = y.dtype == jnp.float32
-        assert_product(y, x, _dense(w, *casts), weight_eps=0.0 if rounded else float(jnp.finfo(y.dtype).eps))
-
-
-@pytest.mark.parametrize("spec", FEW, ids=str)
-@pytest.mark.parametrize("blocks", ["small", "one"])
-def test_stack_and_layer(spec: QuantSpec, blocks: str, monkeypatch: pytest.MonkeyPatch):
-    """Two experts in each of three layers; an index out of range is clamped, a negative one counts from the end."""
-    if blocks == "small":
-        monkeypatch.setattr(matmul_cpu, "BLOCK_VALUES", 32 * N)
-    w, x = _pack(spec, 3, 2), [_array(2, rows, K, seed=4) for rows in (1, 3)]
-    run = jax.jit(lambda x, w, i: [quantized_matmul(each, w, layer=i) for each in x])
-    m = _dense(w)
-    for layer, picked in ((0, 0), (2, 2), (7, 2), (-1, 2), (-9, 0)):
-        for each, y in zip(x, run(x, w, jnp.int32(layer)), strict=True):
-            assert_product(y, each, m[picked])
 
 
 def test_a_matrix_of_several_blocks():

@@ -18,20 +18,13 @@ from jax.sharding import PartitionSpec as P
 from models import ZOO
 
 import qjax
-from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerChannel, PerGroup, QuantSpec
+from qjax.pallas_kernels.numbers.formats import FORMATS, AbsMax, PerGroup, QuantSpec
 from qjax.pallas_kernels.ops.ragged_matmul.api import quantized_ragged_matmul, quantized_ragged_matmul_p
 from qjax.pallas_kernels.packed.layout import Layout
 from qjax.pallas_kernels.packed.qtensor import QTensor, quantize
 
 M, E, K, N = 11, 4, 40, 9
 INT4 = QuantSpec(FORMATS["int4"], PerGroup(16), scale_rule=AbsMax())
-SPECS = [
-    INT4,
-    QuantSpec(FORMATS["int3"], PerChannel(), zero_point=True, scale_rule=AbsMax()),
-    QuantSpec(FORMATS["int8"], PerChannel(), scale_dtype="bfloat16", scale_rule=AbsMax()),
-    QuantSpec(FORMATS["nf4"], PerGroup(8), double_quant=True, scale_rule=AbsMax()),
-    QuantSpec(FORMATS["fp8_e4m3"], PerGroup(16), scale_rule=AbsMax()),
-]
 SIZES = [(3, 0, 6, 2), (0, 0, 0, 0), (11, 0, 0, 0), (0, 0, 0, 11), (1, 2, 0, 4), (5, 9, 1, 1), (0, 20, 0, 3)]
 
 
@@ -70,24 +63,6 @@ def assert_product(actual: jax.Array, x: Any, matrices: Any, sizes: Any, weight_
 # --- The product -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_product(spec: QuantSpec):
-    """Experts without rows, one with all of them, rows of no expert, more rows than there are; both orders."""
-    weights, x = [_pack(spec, E, order=order) for order in ("kn", "nk")], _array(M, K)
-    t = _array(M, N)
-
-    @jax.jit
-    def run(weights: Any, sizes: Any) -> Any:
-        products = [quantized_ragged_matmul(x, w, sizes) for w in weights]
-        return products, [quantized_ragged_matmul(t, w, sizes, transpose=True) for w in weights]
-
-    m = np.asarray(weights[0].matrix())
-    for sizes in SIZES:
-        for y, back in zip(*run(weights, jnp.asarray(sizes)), strict=True):
-            assert_product(y, x, m, sizes)
-            assert_product(back, t, m.swapaxes(1, 2), sizes)
-
-
 @pytest.mark.parametrize(
     ("x_dtype", "w_dtype", "casts", "preferred", "sizes_dtype"),
     [
@@ -110,14 +85,6 @@ def test_it_is_ragged_dot_on_the_dequantized_weight(
     packed, dense = run(x, w, sizes)
     assert packed.dtype == dense.dtype
     np.testing.assert_array_equal(packed, dense)
-
-
-def test_layer():
-    """An index out of range is clamped, a negative one counts from the end."""
-    w, x, sizes = _pack(INT4, 3, E), _array(M, K), SIZES[0]
-    run = jax.jit(lambda w, layer: quantized_ragged_matmul(x, w, jnp.asarray(sizes), layer=layer))
-    for layer, picked in ((0, 0), (7, 2), (-1, 2)):
-        assert_product(run(w, jnp.int32(layer)), x, w.matrix()[picked], sizes)
 
 
 @pytest.mark.parametrize(

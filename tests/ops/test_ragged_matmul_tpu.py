@@ -151,27 +151,6 @@ def test_default_blocks(m: int, experts: int):
 
 # --- The product -----------------------------------------------------------------------------------------------
 
-CASES = [(_spec(name, PerGroup(128)), "before") for name in FORMATS]
-CASES += [
-    (_spec("int2", PerGroup(128)), "after"),
-    (_spec("int4", PerTensor()), "after"),
-    (_spec("int4", PerGroup(32)), "after"),
-    (_spec("int4", PerGroup(512), zero_point=True, scale_dtype="bfloat16"), "before"),
-    (_spec("int3", PerChannel(), zero_point=True), "after"),
-    (_spec("int4", PerGroup(64), zero_point=True, scale_dtype="bfloat16"), "after"),
-    (_spec("int8", PerGroup(128), zero_point=True, scale_dtype="float16"), "after"),
-    (_spec("fp8_e4m3", PerChannel()), "after"),
-    (_spec("nf4", PerGroup(64), double_quant=True), "after"),
-]
-
-
-@pytest.mark.parametrize(("spec", "position"), CASES, ids=str)
-def test_every_format(spec: QuantSpec, position: Any):
-    """Two tiles of K and of N, the second cut short, and three of M; scales before or after the product."""
-    w, x = _pack(spec, E, k=300, n=130), _array(M, 300, dtype=BF16)
-    out = _run(x, w, SIZES, casts=(BF16,), preferred_element_type=F32, blocks=Blocks(16, 128, 256, position))
-    assert_product(out, x, _multiplied(w, position), SIZES)
-
 
 @functools.cache
 def _any_sizes(dtype: Any) -> Any:
@@ -237,22 +216,6 @@ def test_awkward_sizes(sizes: list[int], k: int, n: int, name: str, granularity:
 
 @pytest.mark.parametrize(
     "spec",
-    [
-        _spec("int4", PerGroup(64), zero_point=True),
-        _spec("int5", PerChannel()),
-        _spec("fp8_e4m3", PerTensor(), scale_dtype="bfloat16"),
-    ],
-    ids=str,
-)
-def test_transpose(spec: QuantSpec):
-    w, x = _pack(spec, E, k=300, n=200), _array(M, 200, dtype=BF16)
-    blocks = Blocks(16, 128, 256, "after")
-    out = _run(x, w, SIZES, casts=(BF16,), preferred_element_type=F32, transpose=True, blocks=blocks)
-    assert_product(out, x, _multiplied(w, "before").swapaxes(1, 2), SIZES)
-
-
-@pytest.mark.parametrize(
-    "spec",
     [_spec("int4", PerGroup(128), scale_dtype="float16"), _spec("nf4", PerGroup(128), double_quant=True)],
     ids=str,
 )
@@ -269,19 +232,6 @@ def test_layer(spec: QuantSpec):
         assert_product(run(x, w, layer), x, matrices[picked], SIZES)
     written = [out.aval for equation in jax.make_jaxpr(product)(x, w, 0).eqns for out in equation.outvars]
     assert [a for a in written if a.shape[:2] == (3, E) and jnp.issubdtype(a.dtype, jnp.floating)] == []
-
-
-@pytest.mark.parametrize(
-    ("x_dtype", "w_dtype", "casts", "preferred"),
-    [(F32, BF16, (F32,), None), (F32, F32, (), BF16), (jnp.float16, F32, (jnp.float16,), None)],
-)
-def test_dtypes(x_dtype: Any, w_dtype: Any, casts: tuple[Any, ...], preferred: Any):
-    """A float32 product has the weights rounded as the casts say; float16 is multiplied as float32."""
-    w, x = _pack(_spec("int4", PerGroup(128)), E, k=300, n=20, dtype=w_dtype), _array(M, 300, dtype=x_dtype)
-    out = _run(x, w, SIZES, casts=casts, preferred_element_type=preferred, precision="highest")
-    assert out.dtype == (preferred or x_dtype)
-    eps = 0.0 if x_dtype == F32 else float(jnp.finfo(x_dtype).eps)
-    assert_product(out, x, w.matrix(), SIZES, weight_eps=eps)
 
 
 @pytest.mark.parametrize(
