@@ -15,7 +15,7 @@ Wrap a Flax model (Linen, NNX or a plain function), read what is quantized and w
     qjax.save("model", q, packed)
 
 Models
-    quantize        wraps a model; it has plan, convert, apply (or a call), observe, calibrate and init
+    quantize        wraps a model; it has plan, show, convert, apply (or a call), observe, calibrate and init
     lora            low-rank adapters on a wrapped model with packed weights
     arrange         packed matrices in the order that the kernels of a chip read
     compare         KL, top-1 agreement, SQNR and bytes of a wrapped model against the float one

@@ -69,6 +69,7 @@ def _inside(value: Any) -> bool:
 
 TEXT = _is("text", lambda v: isinstance(v, str))
 FLAG = _is("true or false", lambda v: isinstance(v, bool))
+STRICT = _is("true, false or 'kernels'", lambda v: isinstance(v, bool) or v == "kernels")
 COUNT = _is(f"a whole number from 0 to {2**63 - 1}", lambda v: _whole(v) and 0 <= v < 2**63)
 CHECKSUM = _is("a CRC-32", lambda v: _whole(v) and 0 <= v < 2**32)
 SHA256 = _is("a SHA-256", lambda v: isinstance(v, str) and len(v) == 64 and set(v) <= set("0123456789abcdef"))
@@ -208,7 +209,7 @@ RULE = Fields(
 )
 RECIPE = AllOf(
     Fields(
-        {"rules": ListOf(RULE), "strict": FLAG},
+        {"rules": ListOf(RULE), "strict": STRICT},
         {
             "fold_batch_norm": FLAG,
             "kv_cache": ListOf(Fields({"pattern": TEXT, "spec": Or(Fields({"zero_point": FLAG}))})),
