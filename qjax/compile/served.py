@@ -108,8 +108,12 @@ def find_runs(call: Call, compiled: Compiled, recipe: Recipe, ranges: Flat) -> t
     found = tuple(run for each in packed_operations(jaxpr, names) for run in _runs(each))
     named = {name for run in found for name in run.names}
     codes = {site.name.partition("#")[0] for site in plan.sites if site.product == "integer"}
-    others = (entry for entry in plan.quantized if entry.ops and entry.name not in named)
-    return found + tuple(Run((e.name,), e.ops[0], XLA_CODES if e.name in codes else XLA) for e in others)
+    others = []  # what has no operation of its own: lookups, and products on the weight dequantized in place
+    for entry in plan.quantized:
+        for op in dict.fromkeys(entry.ops):
+            if op == "take" or entry.name not in named:
+                others.append(Run((entry.name,), op, XLA_CODES if op != "take" and entry.name in codes else XLA))
+    return found + tuple(others)
 
 
 def _runs(found: PackedOperation) -> Iterator[Run]:
