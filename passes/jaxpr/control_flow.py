@@ -41,6 +41,7 @@ __all__ = [
     "has_bodies",
     "ragged_dot_general_p",
     "shard_map_p",
+    "varying",
 ]
 
 
@@ -53,6 +54,13 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Runs one equation unchanged, with all of its parameters; always a list of results."""
     out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def varying(value: Any, aval: Any) -> Any:
+    """A value with the type of the one that it stands for: inside `shard_map`, varying over the mesh axes of `aval`."""
+    wanted = getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
+    missing = wanted - jax.typeof(value).manual_axis_type.varying if wanted else wanted
+    return lax.pcast(value, tuple(sorted(missing)), to="varying") if missing else value
 
 
 @dataclasses.dataclass(frozen=True)

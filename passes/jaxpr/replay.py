@@ -156,7 +156,8 @@ class _Replayer:
         else:
             results = control_flow.bind(eqn, values)
         for fold in self.folds.get(address, ()):
-            results[fold.out] = self.fold_value(fold)
+            value = self.fold_value(fold)
+            results[fold.out] = value if is_ref(value) else control_flow.varying(value, eqn.outvars[fold.out].aval)
         return results
 
     def descend(self, eqn: Any, inner: list[control_flow.Body], values: list[Any], address: Address) -> list[Any]:
@@ -211,7 +212,11 @@ class _Replayer:
             rest = [v.materialize() if isinstance(v, Ref) and i != operand else v for i, v in enumerate(values)]
             if (results := rule(eqn, rest, operand)) is not None:
                 return results
-        return control_flow.bind(eqn, [v.materialize() if isinstance(v, Ref) else v for v in values])
+        floats = [
+            control_flow.varying(v.materialize(), atom.aval) if isinstance(v, Ref) else v
+            for v, atom in zip(values, eqn.invars, strict=True)
+        ]
+        return control_flow.bind(eqn, floats)
 
     def fold_value(self, fold: FoldValue) -> Any:
         indices = [self.scope.indices[loop] for loop in fold.loops]

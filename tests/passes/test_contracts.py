@@ -227,3 +227,20 @@ def test_registers_of_mosaic_gpu():
             word = utils.bitcast(utils.vector_concat(pairs), ir.IntegerType.get_signless(64))
             assert str(word.type) == "i64"
     assert re.search(r'"prmt\.b32 \$0, \$1, \$2, \$3;", "=r,r,r,r" %c11_i32, %c12_i32, ', str(module)), module
+
+
+def test_types_say_over_which_mesh_axes_they_vary():
+    """What `control_flow.varying` reads, inside `shard_map` and outside."""
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    seen = []
+
+    def fn(w, x):
+        seen.append([jax.typeof(a).manual_axis_type.varying for a in (w, x)])
+        seen.append(jax.typeof(control_flow.varying(w, jax.typeof(x))).manual_axis_type.varying)
+        return x
+
+    x = jnp.ones((2, 4))
+    specs = (jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("rows"))
+    jax.eval_shape(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=specs[1]), x, x)
+    assert seen == [[frozenset(), frozenset({"rows"})], frozenset({"rows"})]
+    assert control_flow.varying(x, jax.typeof(x)) is x
