@@ -341,17 +341,3 @@ def test_stored_bytes_are_the_bytes_of_the_packed_arrays(variables):
 def test_wrong_arguments(model, recipe, error, message):
     with pytest.raises(error, match=message):
         qjax.quantize(model, recipe)
-
-
-def test_a_packed_model_inside_shard_map_passes_its_checks():
-    """Each shard has the whole weight, which JAX marks there as varying over the rows of x."""
-    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-    P = jax.sharding.PartitionSpec
-    fn = jax.shard_map(lambda p, x: x @ p["w"], mesh=mesh, in_specs=(P(), P("rows")), out_specs=P("rows"))
-    params, x = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((16, 8)), jnp.float32)}, jnp.ones((4, 16))
-    q = qjax.quantize(fn, qjax.int8(scale=qjax.AbsMax()))
-    packed = q.convert(params, x)
-    assert q.plan(params, x).quantized
-    trained, served = jax.jit(lambda p, packed, x: (q(p, x), q(packed, x)))(params, packed, x)
-    np.testing.assert_allclose(served, trained, rtol=1e-5, atol=1e-5)
-    assert 0 < np.abs(np.asarray(served) - fn(params, x)).max() < 0.1
