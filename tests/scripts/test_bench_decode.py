@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import bench_decode
-import gpu_check
+import gpu_check_pages
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +59,7 @@ def test_a_dry_run_has_all_that_the_page_says():
     }
     said = {"layers": 4, "same_tokens": True, "same_bits": False}
     entries = [{"do": do, "options": {}, "result": r} for do, r in (("model", result), ("exported", said))]
-    page = gpu_check.page({"date": "2026-01-01", "dry": True, "results": entries, "left_out": 0})
+    page = gpu_check_pages.page({"date": "2026-01-01", "dry": True, "results": entries, "left_out": 0})
     assert "| int4 g128 | 20,000 | 500 | 2.00 | 6,000 | 4.00 | 5.00 | 9.00 |" in page  # 4 GB, 500 times a second
     assert "with 4 layers says the same tokens." in page
 

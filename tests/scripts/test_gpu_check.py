@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import gpu_check
+import gpu_check_cases
+import gpu_check_pages
 import pytest
 
 from qjax.pallas_kernels.chips.gpu import KEY
@@ -76,7 +78,7 @@ def record() -> dict[str, Any]:
 
 
 def test_the_page_says_how_fast_and_what_failed():
-    page = gpu_check.page(record())
+    page = gpu_check_pages.page(record())
     # 8192 * 8192 / 2 bytes of words, a scale of 2 bytes for 128 of them, x and the result in 20 us, of 3 TB/s
     assert "| 16 | 8192 x 8192 | 50.0 | 43 | 20.0 | 59% | 2.50x | failed |  |  |" in page
     assert "| 12 | 8192 x 8192 | int4/g128 | 18.0 | 16 x 64 x 512, 4 ways, 6 stages, 1 splits | failed | 1 |" in page
@@ -84,34 +86,34 @@ def test_the_page_says_how_fast_and_what_failed():
 
 
 def test_the_readme_gets_a_table():
-    before, after = gpu_check.MARKS
-    text = gpu_check.summarized(record(), f"a\n{before}\nold\n{after}\nz\n")
+    before, after = gpu_check_pages.MARKS
+    text = gpu_check_pages.summarized(record(), f"a\n{before}\nold\n{after}\nz\n")
     assert text.startswith(f"a\n{before}\nOn NVIDIA H100 80GB HBM3 (jax 0.11.2, 2026-01-01)")
     assert text.endswith(f"{after}\nz\n") and "old" not in text
     assert "| K x N | weights | 16 |" in text
     assert "| 8192 x 8192 | int4 g128 | 2.50 |" in text
     assert "| 8192 x 8192 | int8 channel |  |" in text
-    assert gpu_check.summarized(record(), text) == text
+    assert gpu_check_pages.summarized(record(), text) == text
     with pytest.raises(ValueError, match="once each"):
-        gpu_check.summarized(record(), "no marks")
+        gpu_check_pages.summarized(record(), "no marks")
     with pytest.raises(ValueError, match="no times of a GPU"):
-        gpu_check.summarized({**record(), "dry": True}, text)
+        gpu_check_pages.summarized({**record(), "dry": True}, text)
 
 
 def test_the_readme_has_the_marks_once():
     text = (Path(gpu_check.ROOT) / "README.md").read_text()
-    assert [text.count(mark) for mark in gpu_check.MARKS] == [1, 1]
+    assert [text.count(mark) for mark in gpu_check_pages.MARKS] == [1, 1]
 
 
 def test_the_table_of_tiles_is_what_the_kernel_reads():
-    (row,) = json.loads(gpu_check.table(record()))["rows"]
+    (row,) = json.loads(gpu_check_pages.table(record()))["rows"]
     assert set(KEY) <= set(row)
     assert (row["chip"], row["m"]) == ("h100", 16)
     assert matmul_mosaic.Blocks(**row["blocks"]).warpgroups == 4
 
 
 def test_every_shape_of_the_tasks_has_a_limit_and_a_known_kind():
-    tasks = gpu_check.tasks_of()
+    tasks = gpu_check_cases.tasks_of()
     timed = {(t["options"]["k"], t["options"]["n"], t["options"]["m"]) for t in tasks if t["do"] == "time"}
-    assert timed == {(k, n, m) for k, n in gpu_check.WIDTHS.values() for m in gpu_check.ROWS}
+    assert timed == {(k, n, m) for k, n in gpu_check_cases.WIDTHS.values() for m in gpu_check_cases.ROWS}
     assert len({task["id"] for task in tasks}) == len(tasks)
