@@ -16,9 +16,10 @@ from jax import lax
 from jax.extend.core import Literal
 from jax.extend.core import primitives as prims
 
+from qjax.passes.analysis.normalisations import Folded, Unfolded
 from qjax.passes.jaxpr import control_flow
 from qjax.passes.jaxpr.trace import Program, path_name, trace
-from qjax.passes.rewrites.batch_norm import Folded, Unfolded, fold_batch_norm
+from qjax.passes.rewrites.batch_norm import fold_batch_norm
 
 # In float64 what the pass changes is rounding only: some tens of operations deep, condition numbers below 1e3.
 TOLERANCE = 1e-11
